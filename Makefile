@@ -1,0 +1,45 @@
+# Everything from a fresh checkout: needs git, make and a python3 of 3.11 or newer, nothing else.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MINUTES ?= 8
+OUT ?= runs/demo
+SCENES ?= runs/scenes
+
+help:
+	@echo "make install            make .venv and install"
+	@echo "make demo [MINUTES=8]   train on generated scenes for so many minutes, evaluate, write $(OUT)/report.html"
+	@echo "make test               lint, types and the whole test suite"
+	@echo "make clean              remove .venv, runs and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no python3 of 3.11 or newer is on the PATH; install one, or make PYTHON=…" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@test -d $(SCENES) || { set -x; $(BIN)/vlm data scenes $(SCENES); }
+	@rm -rf $(OUT)
+	$(BIN)/vlm train configs/demo.yaml minutes=$(MINUTES) data.train=$(SCENES)/train data.val=$(SCENES)/val out=$(OUT)
+	$(BIN)/vlm eval $(OUT)/model vqa caption retrieval --data $(SCENES) --out $(OUT)/eval
+	$(BIN)/vlm report $(OUT)
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info

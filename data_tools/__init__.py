@@ -1,0 +1,1 @@
+"""Data tools: make, convert and inspect shards."""

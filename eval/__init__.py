@@ -1,0 +1,1 @@
+"""Evaluation: `run` asks a model, `score` judges a predictions file, `report` shows a run."""

@@ -1,0 +1,95 @@
+"""Which pictures a model is shown: the sample's own, none to speak of (blind), or another sample's (shuffled).
+
+Knows samples and how to open their pictures. Knows nothing of tasks, scores or what is asked about a picture.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from PIL import Image
+
+from vlm.errors import UsageError
+from vlm.images import open_image
+from vlm.samples import Sample
+
+Pictures = tuple[Image.Image, ...]
+GREY = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One way to look at samples. Equal keys mean equal pictures, so that a question about them is asked once."""
+
+    name: str
+    key: Callable[[int], Any]  # number of a sample -> something hashable that stands for what is shown of it
+    load: Callable[[Any], Pictures]
+
+
+def as_it_is(samples: Sequence[Sample]) -> Look:
+    """Every sample with its own pictures."""
+    return Look("true", lambda index: index, lambda index: _open(samples[index]))
+
+
+def blind(samples: Sequence[Sample], colour: tuple[int, int, int] = GREY) -> Look:
+    """Every picture replaced by one of its size in a single colour: give the one that the processor makes zero."""
+
+    @cache
+    def empty(size: tuple[int, int]) -> Image.Image:
+        return Image.new("RGB", size, colour)
+
+    return Look(
+        "blind",
+        cache(lambda index: _sizes(samples[index])),
+        lambda sizes: tuple(empty(size) for size in sizes),
+    )
+
+
+def shuffled(samples: Sequence[Sample], seed: int = 0) -> Look:
+    """Every sample with the pictures of another one that has as many; with its own only if no other has as many."""
+    groups: dict[int, list[int]] = {}
+    for index in range(len(samples)):
+        groups.setdefault(len(samples[index].images), []).append(index)
+    other: dict[int, int] = {}
+    for members in groups.values():
+        other |= dict(zip(members, _one_cycle(members, random.Random(seed)), strict=True))
+    return Look("shuffled", lambda index: other[index], lambda index: _open(samples[index]))
+
+
+def zero_colour(processor: object) -> tuple[int, int, int]:
+    """The colour that normalisation maps nearest to 0: the processor's mean in 8 bits, mid-grey if it has none."""
+    mean = getattr(getattr(processor, "image_processor", None), "mean", None)
+    if mean is None:
+        return GREY
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
+
+
+def _one_cycle(members: list[int], rng: random.Random) -> list[int]:
+    """A random permutation that is a single cycle, so that nothing stays in its place (Sattolo 1986)."""
+    shuffled = list(members)
+    for i in range(len(shuffled) - 1, 0, -1):
+        j = rng.randrange(i)
+        shuffled[i], shuffled[j] = shuffled[j], shuffled[i]
+    return shuffled
+
+
+def _open(sample: Sample) -> Pictures:
+    return tuple(open_image(data, name=f"sample {sample.key}") for data in sample.images)
+
+
+def _sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
+    """Width and height of each picture, from its header alone."""
+    sizes = []
+    for data in sample.images:
+        try:
+            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+                sizes.append(image.size)
+        except Exception as error:  # Pillow raises a dozen kinds of exception at damaged files
+            raise UsageError(f"sample {sample.key}: its picture can not be read ({error}); replace the file") from None
+    return tuple(sizes)

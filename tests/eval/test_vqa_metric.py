@@ -1,0 +1,82 @@
+"""VQA accuracy against outputs of the official program, and its properties."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm.eval.metrics.vqa import CONTRACTIONS, exact_match, normalize, question_accuracy, vqa_accuracy
+
+GOLDEN = json.loads((Path(__file__).parent / "goldens" / "vqa.json").read_text("utf-8"))
+SAID = {result["question_id"]: result["answer"] for result in GOLDEN["results"]}
+
+
+def test_the_table_is_the_official_one() -> None:
+    assert vqa_accuracy(SAID, GOLDEN["annotations"]) == GOLDEN["accuracy"]
+
+
+def test_every_question_is_scored_as_officially() -> None:
+    ours = [round(100 * question_accuracy(SAID[a["question_id"]], a["answers"]), 2) for a in GOLDEN["annotations"]]
+    assert ours == GOLDEN["per_question"]
+    assert len(set(ours)) > 5  # the goldens are not all right or all wrong
+
+
+def test_ten_people_give_min_of_matches_over_three_averaged_over_the_other_nine() -> None:
+    for matches in range(11):
+        answers = ["red"] * matches + [f"other {i}" for i in range(10 - matches)]
+        among_nine = (matches * min(1, (matches - 1) / 3) + (10 - matches) * min(1, matches / 3)) / 10
+        assert question_accuracy("red", answers) == pytest.approx(max(0.0, among_nine))
+
+
+def test_unanimous_answers_are_compared_without_normalisation() -> None:
+    assert question_accuracy("Yes", ["yes"] * 10) == 0.0
+    assert question_accuracy("Yes", ["yes"] * 9 + ["no"]) == 1.0
+
+
+def test_entries_without_ids_exclude_their_equals() -> None:
+    assert question_accuracy("red", [{"answer": "red"}] * 10) == 0.0
+    assert question_accuracy("red", [{"answer": "red", "answer_id": i} for i in range(10)]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The dog, a cat", "dog cat"),
+        ("none", "0"),
+        ("two dogs", "2 dogs"),
+        ("t-shirt", "t shirt"),
+        ("t- shirt", "t shirt"),
+        ("1,000-2", "10002"),
+        ("on/off", "on off"),
+        ("u.s.a.", "usa"),
+        ("2.5", "2.5"),
+        ("." * 40, "." * 8),
+        ("dont", "don't"),
+        ("yalld've", "yalld've"),
+        ("y'alld've", "y'all'd've"),
+        ("somebody'd", "somebodyd"),
+        ("what's this?", "what's this"),
+        ("", ""),
+    ],
+)
+def test_normalisation(text: str, normal: str) -> None:
+    assert normalize(text) == normal
+
+
+def test_contractions_only_add_apostrophes() -> None:
+    for short, form in CONTRACTIONS.items():
+        assert short.replace("'", "") == form.replace("'", "")
+
+
+def test_exact_match_normalises_both_sides() -> None:
+    assert exact_match("The Two", "2") == 1.0
+    assert exact_match("two", "three") == 0.0
+
+
+def test_nothing_to_compare_with_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no human answers"):
+        question_accuracy("red", [])
+    with pytest.raises(ValueError, match="no annotations"):
+        vqa_accuracy({}, [])

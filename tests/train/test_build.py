@@ -1,0 +1,221 @@
+"""Building: sizes arrive where each library wants them, pretrained parts keep their weights, faults are named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vlm.errors import UsageError
+from vlm.saving import save
+from vlm.shards import ShardWriter
+from vlm.train.build import build, build_vision, family_config, pretrained_text
+from vlm.train.config import Config, Stage, TextSizes, VisionSizes
+from vlm.train.summary import training_table
+
+SIZES = {"width": 32, "depth": 3, "heads": 4, "positions": 96}
+VISION = {"name": "timm:vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "width": 32, "depth": 2, "heads": 2}
+TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+STAGES = [{"objective": "joint", "steps": 1}]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    """A few captions without pictures: enough for a tokenizer."""
+    folder = tmp_path_factory.mktemp("shards") / "set"
+    with ShardWriter(folder) as writer:
+        for index in range(20):
+            writer.write(f"{index}", {"json": json.dumps({"text": f"a red circle and {index} squares"}).encode()})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory) -> tuple[str, torch.nn.Module]:
+    """A tiny ViT saved as timm saves one, and the ViT."""
+    folder = tmp_path_factory.mktemp("vit")
+    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY_VIT)
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": TINY_VIT}
+    (folder / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3]}}))
+    save_file(trunk.state_dict(), folder / "model.safetensors")
+    return str(folder), trunk
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory, make_text_config, make_tokenizer) -> str:
+    """A tiny language model with its tokenizer."""
+    folder = tmp_path_factory.mktemp("lm")
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(make_text_config("llama")).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(shards: str, **model: object) -> Config:
+    scratch = {"vision": VISION, "text": {"family": "qwen3", **SIZES}, "tokenizer": {"vocab_size": 300}}
+    return Config.model_validate({"model": scratch | model, "data": {"train": shards}, "stages": STAGES})
+
+
+def test_from_scratch_depends_on_the_seed_alone(shards):
+    config = config_of(shards)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    first, processor = build(config)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(6)
+    second, _ = build(config)
+    other, _ = build(config.model_copy(update={"seed": 1}))
+    same, differ = first.state_dict(), other.state_dict()
+    assert all(torch.equal(weight, same[name]) for name, weight in second.state_dict().items())
+    assert not torch.equal(same["language_model.lm_head.weight"], differ["language_model.lm_head.weight"])
+    assert not torch.equal(same["adapters.0.attention.q_proj.weight"], differ["adapters.0.attention.q_proj.weight"])
+    assert first.language_model.config._attn_implementation == "sdpa"
+    assert first.config.text_config.vocab_size >= len(processor.tokenizer)
+    assert first.config.image_token_id == processor.image_token_id
+
+
+def test_sizes_arrive(shards):
+    model, processor = build(config_of(shards, adapter={"every": 2, "gate_init": 0.5}, embedding_dim=24))
+    text = model.config.text_config
+    assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.head_dim) == (32, 3, 4, 8)
+    assert (text.intermediate_size, text.max_position_embeddings) == (128, 96)
+    assert list(model.adapters) == ["1"]
+    assert (model.vision.width, model.vision.grid, len(model.vision.trunk.blocks)) == (32, (4, 4), 2)
+    assert processor.image_processor.input_size == [3, 32, 32]
+    assert model.text_projection.out_features == 24
+
+
+def test_every_family_takes_its_sizes(family, make_tokenizer):
+    sizes = TextSizes(family=family, feed_forward=2.0, **SIZES)
+    config = family_config(sizes, make_tokenizer())
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 3, 4)
+    assert config.max_position_embeddings == 96
+    inner = [getattr(config, name, None) for name in ("intermediate_size", "ffn_dim", "n_inner")]
+    assert 64 in inner
+    assert config.vocab_size % 64 == 0 and config.vocab_size >= len(make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"family": "qwen33"}, "did you mean qwen3"),
+        ({"width": 33}, "width 33 is no multiple of heads 4"),
+        ({"options": {"rope_thetta": 1}}, "options.rope_thetta is no setting of family qwen3"),
+    ],
+)
+def test_text_faults(make_tokenizer, changes, words):
+    with pytest.raises(UsageError, match=words):
+        family_config(TextSizes(**{"family": "qwen3", **SIZES, **changes}), make_tokenizer())
+
+
+def test_options_reach_the_family(make_tokenizer):
+    sizes = TextSizes(family="qwen3", kv_heads=2, options={"tie_word_embeddings": True}, **SIZES)
+    config = family_config(sizes, make_tokenizer())
+    assert config.tie_word_embeddings and config.num_key_value_heads == 2
+
+
+def test_timm_folder_keeps_its_weights(timm_folder):
+    folder, trunk = timm_folder
+    fields, tower = build_vision(folder)
+    assert fields["name"] == "timm:vit_tiny_patch16_224"
+    pixels = torch.rand(2, 3, 32, 32)
+    tower.eval(), trunk.eval()
+    assert torch.equal(tower(pixels), trunk.forward_features(pixels)[:, 1:])
+
+
+def test_open_clip_tower_from_scratch():
+    fields, tower = build_vision(VisionSizes(name="open_clip:ViT-S-32-alt", image_size=[64, 64]))
+    assert fields["name"] == "open_clip:ViT-S-32-alt"
+    assert tower(torch.rand(1, 3, 64, 64)).shape == (1, 4, tower.width)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("timm:vit_nothing", "timm has no model 'vit_nothing'"),
+        ("open_clip:ViT-Z-1", "open_clip has no model 'ViT-Z-1'"),
+        ("no/such/folder", "neither timm:NAME, open_clip:NAME nor a folder"),
+        (VisionSizes(name="clip:x"), "names no library"),
+        (VisionSizes(name="open_clip:ViT-B-32", width=64), "takes its sizes from its name; remove embed_dim"),
+        (VisionSizes(name="timm:vit_tiny_patch16_224", options={"widht": 1}), "cannot be built"),
+    ],
+)
+def test_vision_faults(spec, words):
+    with pytest.raises(UsageError, match=words):
+        build_vision(spec)
+
+
+def test_vision_folder_of_another_kind(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="has no config.json that names an architecture"):
+        build_vision(str(tmp_path))
+
+
+def test_pretrained_parts_are_put_in(shards, timm_folder, text_folder):
+    model, processor = build(config_of(shards, vision=timm_folder[0], text=text_folder, tokenizer={}))
+    own = AutoModelForCausalLM.from_pretrained(text_folder)
+    ids = processor.tokenizer("a red circle", return_tensors="pt")["input_ids"]
+    assert torch.equal(model.eval()(ids).logits, own(ids).logits), "zero gates: the language model as it was"
+    assert processor.image_processor.mean == [0.1, 0.2, 0.3]
+
+
+def test_missing_special_tokens_are_added_and_embeddings_grow(text_folder, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "red": 1, "unk": 2}, unk_token="unk"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="unk").save_pretrained(tmp_path)
+    config = LlamaConfig(
+        vocab_size=3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=0
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, tokenizer = pretrained_text(str(tmp_path))
+    assert model.get_input_embeddings().num_embeddings >= len(tokenizer) > 3
+    old = AutoModelForCausalLM.from_pretrained(tmp_path).get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight[:3], old)
+    assert tokenizer.eos_token == "</s>", "what a tokenizer has is kept"
+    assert "<image>" in tokenizer.get_vocab() and tokenizer.mask_token == "<mask>"
+
+
+def test_a_tokenizer_that_exists(shards, text_folder):
+    model, processor = build(config_of(shards, tokenizer={"path": text_folder}))
+    assert processor.tokenizer.get_vocab() == AutoTokenizer.from_pretrained(text_folder).get_vocab()
+
+
+def test_saved_model_goes_on(shards, make_model, make_processor, tmp_path):
+    model = make_model(gate_init=0.3)
+    save(model, make_processor(), tmp_path / "model")
+    config = Config.model_validate(
+        {"model": {"path": str(tmp_path / "model")}, "data": {"train": shards}, "stages": STAGES}
+    )
+    loaded, _ = build(config)
+    assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("source", "words"), [("no/such", "cannot be read"), ("", "cannot be read")])
+def test_text_that_is_not_there(shards, source, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        pretrained_text(source or str(tmp_path))
+
+
+def test_families_that_only_read_do_not_write(shards):
+    with pytest.raises(UsageError, match="stages.0: objective joint writes text, and family bert only reads it"):
+        build(config_of(shards, text={"family": "bert", **SIZES}))
+
+
+def test_table_of_what_trains(make_model):
+    model = make_model()
+    model.vision.requires_grad_(False)
+    model.language_model.model.embed_tokens.requires_grad_(False)
+    table = training_table(model, Stage(objective="joint", steps=1, lr=2e-4))
+    rows = {line.split()[0]: line for line in table.splitlines() if line[0] != "─"}
+    vision = sum(parameter.numel() for parameter in model.vision.parameters())
+    assert f"{vision:,}" in rows["vision"] and "frozen" in rows["vision"] and "–" in rows["vision"]
+    assert "all" in rows["adapters"] and "0.0002" in rows["adapters"]
+    assert "%" in rows["language_model"]
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,}" in rows["total"]
+    assert len({len(line) for line in table.splitlines()}) == 1, "columns are aligned"

@@ -1,0 +1,282 @@
+"""Configs: what they accept, what they refuse and with which words, and what DeepSpeed is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm.configuration import AdapterConfig
+from vlm.errors import UsageError
+from vlm.train.config import Adapter, Config, annotated_yaml, load_config, packaged_configs
+from vlm.train.deepspeed_config import deepspeed_config, micro_batch_size
+
+MINIMAL = """\
+out: runs/x
+model:
+  vision: {name: "timm:vit_tiny_patch16_224", image_size: 64}
+  text: {family: qwen3, width: 64, depth: 2, heads: 2}
+data: {train: shards}
+stages:
+  - {objective: contrastive, steps: 5, batch: 8}
+  - {objective: joint, steps: 7, batch: 4, lr: 5e-4}
+"""
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path):
+    """Writes a config file and gives its path."""
+
+    def write(text: str, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def error_of(path: Path, *overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_config(path, list(overrides))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_values_and_defaults(yaml_file):
+    config = load_config(yaml_file(MINIMAL))
+    assert config.stages[1].lr == 5e-4, "1e-3 without a dot is a number"
+    assert config.model.vision.image_size == [64, 64]
+    assert [source.path for source in config.data.train] == ["shards"]
+    assert (config.zero, config.precision, config.checkpoint.keep) == (0, "bf16", 3)
+
+
+@pytest.mark.parametrize(
+    ("broken", "line", "words"),
+    [
+        ("outt: x", 9, ["outt is not a known key", "did you mean out?"]),
+        ("seed: many", 9, ["seed is many", "a whole number"]),
+        ("zero: true", 9, ["zero is true", "a whole number"]),
+        ("zero: 4", 9, ["zero is 4", "less than or equal to 3"]),
+        ("precision: int8", 9, ["precision is int8", "'bf16'"]),
+        ("checkpoint: {evry: 5}", 9, ["checkpoint.evry", "did you mean every?"]),
+        ("checkpoint:\n  keep: 2\n  every: never", 11, ["checkpoint.every is never", "a whole number"]),
+        ("minutes: 5", 9, ["minutes 5", "2 of 2 stages count steps"]),
+    ],
+)
+def test_error_names_key_and_line(yaml_file, broken, line, words):
+    text = error_of(yaml_file(MINIMAL + broken + "\n"))
+    assert f"run.yaml line {line}: " in text or broken.startswith("minutes")
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ("{objective: joint}", "neither steps nor minutes"),
+        ("{objective: joint, steps: 3, minutes: 2}", "steps 3 and minutes 2 are both set"),
+        ("{objective: joint, steps: 3, batch: 7, micro_batch: 4}", "batch 7 is no multiple of micro_batch 4"),
+        ("{objective: joint, steps: 3, mask_share: 0.3}", "mask_share belongs to objective mlm, not joint"),
+        ("{objective: clm, steps: 3, contrastive_weight: 1.0}", "contrastive_weight belongs to objective joint"),
+        ("{objektive: joint, steps: 3}", "stages.0.objective is missing"),
+    ],
+)
+def test_contradictions_within_a_stage(yaml_file, stage, words):
+    text = error_of(yaml_file(MINIMAL.split("stages:")[0] + f"stages:\n  - {stage}\n"))
+    assert "run.yaml line 7: stages.0" in text and words in text
+
+
+def test_missing_data_says_what_to_add(yaml_file):
+    text = error_of(yaml_file(MINIMAL.replace("data: {train: shards}\n", "")))
+    assert "data.train is missing; add data.train=" in text
+
+
+def test_saved_model_and_towers_contradict(yaml_file):
+    assert "model={path: …}" in error_of(yaml_file(MINIMAL), "model.path=runs/a/model")
+    assert load_config(yaml_file(MINIMAL), ["model={path: runs/a/model}"]).model.path == "runs/a/model"
+
+
+def test_faults_of_yaml_itself(yaml_file):
+    assert "run.yaml line 2: not valid YAML" in error_of(yaml_file("out: a\nmodel: {vision: ]\n"))
+    assert "set twice, first at" in error_of(yaml_file(MINIMAL + "out: b\n"))
+    assert "a config is a mapping" in error_of(yaml_file("- a\n- b\n"))
+    assert "does not exist" in error_of(Path("no/such.yaml"))
+
+
+def test_overrides(yaml_file):
+    path = yaml_file(MINIMAL)
+    config = load_config(
+        path,
+        ["stages.0.steps=10", "out=a b", "vision.depth=3", "text=gpt2", "stages.1.lora.r=4", "data.train={00..12}.tar"],
+    )
+    assert config.stages[0].steps == 10 and config.stages[1].steps == 7
+    assert config.out == "a b"
+    assert config.model.vision.depth == 3 and config.model.vision.image_size == [64, 64]
+    assert config.model.text == "gpt2"
+    assert config.stages[1].lora.r == 4 and config.stages[1].lora.alpha is None
+    assert config.data.train[0].path == "{00..12}.tar"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stages.2.steps=1", "stages is a list of 2"),
+        ("steps", "write key=value"),
+        ("stages.0.step=1", "command line: stages.0.step is not a known key; did you mean steps?"),
+        ("out.name=1", "out is 'runs/x', not a mapping"),
+        ("text.width=big", "command line: model.text.width is big; it should be a whole number"),
+    ],
+)
+def test_override_errors(yaml_file, override, words):
+    assert words in error_of(yaml_file(MINIMAL), override)
+
+
+def test_command_line_chooses_between_steps_and_minutes(yaml_file):
+    stage = load_config(yaml_file(MINIMAL), ["stages.0.minutes=2"]).stages[0]
+    assert (stage.steps, stage.minutes) == (None, 2)
+    assert "both set" in error_of(yaml_file(MINIMAL), "stages.0.minutes=2", "stages.0.steps=3")
+
+
+def test_minutes_are_shared_in_proportion(yaml_file):
+    overrides = ["stages.0.minutes=1", "stages.1.minutes=3", "minutes=60"]
+    assert [stage.minutes for stage in load_config(yaml_file(MINIMAL), overrides).stages] == [15, 45]
+
+
+def test_base_is_merged_and_lists_replaced(yaml_file):
+    yaml_file(MINIMAL, "base.yaml")
+    top = yaml_file("base: base.yaml\nmodel: {text: {depth: 9}}\nstages:\n  - {objective: joint, steps: 1, bach: 3}\n")
+    text = error_of(top)
+    assert "run.yaml line 4: stages.0.bach is not a known key" in text
+    config = load_config(top, ["stages.0={objective: joint, steps: 1}"])
+    assert config.model.text.depth == 9 and config.model.text.width == 64
+    assert len(config.stages) == 1 and config.out == "runs/x"
+
+
+def test_errors_in_a_base_name_its_file(yaml_file):
+    yaml_file(MINIMAL + "sede: 1\n", "base.yaml")
+    assert "base.yaml line 9: sede" in error_of(yaml_file("base: base.yaml\n"))
+    assert "base nothing.yaml does not exist" in error_of(yaml_file("base: nothing.yaml\n"))
+    assert "builds on this file" in error_of(yaml_file("base: run.yaml\n"))
+
+
+def test_sources_with_weights(yaml_file):
+    path = yaml_file(MINIMAL.replace("train: shards", "train: [a, {path: b, weight: 2.5}]"))
+    assert [(source.path, source.weight) for source in load_config(path).data.train] == [("a", 1.0), ("b", 2.5)]
+
+
+@pytest.mark.parametrize("name", sorted(packaged_configs()))
+def test_packaged_configs_load_and_survive_their_own_documentation(name, tmp_path):
+    config = load_config(name, ["data.train=shards", "data.val=shards"])
+    copy = tmp_path / "config.yaml"
+    copy.write_text(annotated_yaml(config), encoding="utf-8")
+    assert load_config(copy) == config
+    assert load_config(f"configs/{name}.yaml", ["data.train=shards", "data.val=shards"]) == config
+
+
+def test_every_field_is_documented():
+    seen = []
+
+    def walk(section):
+        for name, info in section.model_fields.items():
+            assert info.description, f"{section.__name__}.{name}"
+            seen.append(name)
+        for inner in section.__subclasses__():
+            walk(inner)
+
+    walk(Config.__mro__[1])
+    assert len(seen) > 60
+
+
+def test_adapter_section_is_the_models_own():
+    theirs = {field.name: field.default for field in dataclasses.fields(AdapterConfig)}
+    assert {name: info.default for name, info in Adapter.model_fields.items()} == theirs
+
+
+# DeepSpeed
+
+
+def config_with(yaml_file, *overrides: str) -> Config:
+    return load_config(yaml_file(MINIMAL), list(overrides))
+
+
+def test_deepspeed_numbers(yaml_file):
+    config = config_with(yaml_file, "stages.0.batch=48", "stages.0.micro_batch=4", "zero=2", "precision=fp32")
+    told = deepspeed_config(config, config.stages[0], world_size=3)
+    assert told["train_batch_size"] == 48
+    assert told["train_micro_batch_size_per_gpu"] == 4
+    assert told["gradient_accumulation_steps"] == 4
+    assert told["zero_optimization"]["stage"] == 2
+    assert not told["bf16"]["enabled"] and not told["fp16"]["enabled"] and "torch_autocast" not in told
+    assert told["gradient_clipping"] == 1.0
+    assert "optimizer" not in told and "scheduler" not in told
+
+
+def test_precision(yaml_file):
+    config = config_with(yaml_file)
+    told = deepspeed_config(config, config.stages[0], world_size=1)
+    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and not told["bf16"]["enabled"]
+    for overrides in (["precision=fp16"], ["deepspeed={bf16: {enabled: true}}"]):
+        config = config_with(yaml_file, *overrides)
+        with pytest.raises(UsageError, match="use zero 1, 2 or 3"):
+            deepspeed_config(config, config.stages[0], world_size=1)
+        config = config_with(yaml_file, *overrides, "zero=1")
+        told = deepspeed_config(config, config.stages[0], world_size=1)
+        assert "torch_autocast" not in told and told["fp16"]["enabled"] != told["bf16"]["enabled"]
+    config = config_with(yaml_file, "deepspeed={bf16: {enabled: false}}")
+    assert deepspeed_config(config, config.stages[0], world_size=1)["torch_autocast"]["enabled"]
+
+
+def test_batch_that_does_not_divide(yaml_file):
+    config = config_with(yaml_file, "stages.0.batch=50", "stages.0.micro_batch=10")
+    with pytest.raises(UsageError, match="over 3 processes × micro_batch 10 = 30; use batch 30 or 60"):
+        micro_batch_size(config.stages[0], 3)
+    with pytest.raises(UsageError, match="use batch 16"):
+        micro_batch_size(config_with(yaml_file, "stages.0.batch=8").stages[0], 16)
+
+
+def test_auto_is_filled_or_left_to_deepspeed(yaml_file, tmp_path):
+    given = {
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.05, "betas": "auto"}},
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto", "overlap_comm": True},
+    }
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(given), encoding="utf-8")
+    config = config_with(yaml_file, f"deepspeed={file}", "zero=1", "stages.0.lr=0.25")
+    told = deepspeed_config(config, config.stages[0], world_size=2)
+    assert (told["train_batch_size"], told["gradient_accumulation_steps"]) == (8, 1)
+    assert told["optimizer"] == {"type": "AdamW", "params": {"lr": 0.25, "weight_decay": 0.05}}
+    assert told["zero_optimization"] == {"stage": 1, "overlap_comm": True}
+    assert told["bf16"] == {"enabled": True} and "torch_autocast" not in told
+
+
+def test_a_mismatch_lists_both_values(yaml_file):
+    config = config_with(yaml_file, "deepspeed.zero_optimization.stage=3", "zero=1")
+    with pytest.raises(UsageError, match="zero_optimization.stage is 3, and zero of the contrastive stage is 1"):
+        deepspeed_config(config, config.stages[0], world_size=1)
+    config = config_with(yaml_file, "deepspeed={train_micro_batch_size_per_gpu: 2}")
+    with pytest.raises(UsageError, match="_batch_size_per_gpu is 2, and micro_batch of the joint stage is 4"):
+        deepspeed_config(config, config.stages[1], world_size=1)
+
+
+def test_deepspeed_file_faults(yaml_file, tmp_path):
+    for text, words in (("{", "not valid JSON"), ("[1]", "holds a list"), (None, "cannot be read")):
+        file = tmp_path / "ds.json"
+        file.unlink(missing_ok=True)
+        if text is not None:
+            file.write_text(text, encoding="utf-8")
+        config = config_with(yaml_file, f"deepspeed={file}")
+        with pytest.raises(UsageError, match=words):
+            deepspeed_config(config, config.stages[0], world_size=1)
+
+
+def test_deepspeed_takes_the_result(yaml_file):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = config_with(yaml_file, "zero=2", "deepspeed={zero_optimization: {overlap_comm: false}}")
+    parsed = DeepSpeedConfig(deepspeed_config(config, config.stages[0], world_size=1))
+    assert (parsed.train_batch_size, parsed.zero_config.stage, parsed.bfloat16_config.enabled) == (8, 2, False)

@@ -1,0 +1,333 @@
+"""From samples to batches of tensors, one kind for each objective.
+
+Knows samples, the processor and the layout of each objective's batch. Knows nothing of models, losses or optimizers.
+A micro-batch is a function of the seed, the stage and its number alone: see `order.py`.
+
+Shapes: B rows, L tokens padded to a multiple of 16, n pictures, M picture slots a row, p pairs, H × W pixels.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vlm.errors import RunError, UsageError
+from vlm.losses import IGNORED, mask_tokens
+from vlm.processing import VLMProcessor, slots_of
+from vlm.samples import Question, Sample, SampleError, conversations, pair_text
+from vlm.shards import Shards
+
+from .config import Stage
+from .order import Order
+
+Batch = dict[str, Any]
+
+# Rows are padded to whole tiles of a matrix product, and shapes repeat.
+TILE = 16
+# After so many samples in a row that hold nothing for the stage, it is the data and not the sample.
+PATIENCE = 1000
+ENDLESS = 2**62
+
+
+@dataclass
+class Example:
+    """One row: token ids and labels (L,), and whatever else its objective needs."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    pixels: Tensor | None = None
+    positions: np.ndarray | None = None
+    documents: np.ndarray | None = None
+    token_image: np.ndarray | None = None
+    types: list[str | None] = field(default_factory=list)
+    pair: list[int] | None = None
+    faults: list[str] = field(default_factory=list)
+
+
+class Reader:
+    """Makes examples of samples and batches of examples. longest: tokens that the language model has positions for."""
+
+    def __init__(self, processor: VLMProcessor, stage: Stage, longest: int, predicts_next: bool) -> None:
+        self.processor = processor
+        self.stage = stage
+        self.longest = min(longest, stage.max_tokens)
+        self.predicts_next = predicts_next
+
+    def example(self, sample: Sample, rng: np.random.Generator) -> Example:
+        """Raises SampleError where the sample holds nothing for this objective, UsageError for a picture that is broken."""
+        raise NotImplementedError
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Rows to tensors."""
+        return {
+            "input_ids": padded([example.ids for example in examples], self.processor.tokenizer.pad_token_id),
+            "attention_mask": padded([np.ones_like(example.ids) for example in examples], 0),
+        }
+
+    def _text(self, sample: Sample, text: str | None, wanted: str) -> np.ndarray:
+        """Token ids of a text closed by eos."""
+        if text is None:
+            raise SampleError(f"sample {sample.key} has no {wanted}")
+        closed = self.processor.plain(text) + self.processor.tokenizer.eos_token
+        ids = np.asarray(self.processor.tokenizer.encode(closed, add_special_tokens=False), dtype=np.int64)
+        if len(ids) > self.longest:
+            raise SampleError(
+                f"sample {sample.key} has a text of {len(ids)} tokens, more than {self.longest}; cut it up"
+            )
+        return ids
+
+
+class PairReader(Reader):
+    """contrastive: the first picture of a sample and its text."""
+
+    def example(self, sample: Sample, rng: np.random.Generator) -> Example:
+        if not sample.images:
+            raise SampleError(f"sample {sample.key} has no picture")
+        ids = self._text(sample, pair_text(sample), "caption or question to go with its picture")
+        return Example(ids, ids, self.processor.pixels(sample.images[:1]))
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return super().collate(examples) | {"pixel_values": torch.cat([example.pixels for example in examples])}
+
+
+class TextReader(Reader):
+    """clm: a sample's text, or the text that goes with its picture."""
+
+    def example(self, sample: Sample, rng: np.random.Generator) -> Example:
+        ids = self._text(sample, sample.text or pair_text(sample), "text")
+        return Example(ids, ids)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        return super().collate(examples) | {"labels": padded([example.labels for example in examples], IGNORED)}
+
+
+class MaskedReader(TextReader):
+    """mlm: the same text with a share of it hidden, drawn anew at each visit."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        tokenizer = self.processor.tokenizer
+        self._special = torch.tensor(sorted(tokenizer.all_special_ids))
+        self._ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+
+    def example(self, sample: Sample, rng: np.random.Generator) -> Example:
+        ids = torch.from_numpy(super().example(sample, rng).ids)
+        maskable = ~torch.isin(ids, self._special)
+        # Nothing stands before the first token that it could be predicted from.
+        maskable[0] &= not self.predicts_next
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        hidden, labels = mask_tokens(
+            ids, maskable, self.stage.mask_share, self.processor.mask_token_id, self._ordinary, generator
+        )
+        return Example(hidden.numpy(), labels.numpy())
+
+
+@dataclass(frozen=True)
+class Document:
+    """One conversation as tokens: ids (l,), which of them are answers, and the question it asks."""
+
+    ids: np.ndarray
+    is_target: np.ndarray
+    question: Question | None
+
+
+class JointReader(Reader):
+    """joint: all conversations of a sample packed into one row as isolated documents that share its pictures."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._encoded: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def example(self, sample: Sample, rng: np.random.Generator) -> Example:
+        faults: list[str] = []
+        documents = self._chosen(sample, rng, faults)
+        lengths = [len(document.ids) for document in documents]
+        ids = np.concatenate([document.ids for document in documents])
+        is_target = np.concatenate([document.is_target for document in documents])
+        places = [np.cumsum(document.ids == self.processor.image_token_id) - 1 for document in documents]
+        pairs = self.stage.contrastive_weight > 0 and sample.images and pair_text(sample)
+        return Example(
+            ids=ids,
+            labels=np.where(is_target, ids, IGNORED),
+            pixels=self.processor.pixels(sample.images) if sample.images else None,
+            positions=np.concatenate([np.arange(length) for length in lengths]),
+            documents=np.repeat(np.arange(1, len(documents) + 1), lengths),
+            token_image=np.concatenate(places),
+            types=[document.question.type or "untyped" if document.question else None for document in documents],
+            pair=self._text(sample, pairs, "caption").tolist() if pairs else None,
+            faults=faults,
+        )
+
+    def _chosen(self, sample: Sample, rng: np.random.Generator, faults: list[str]) -> list[Document]:
+        """The documents of this visit: a draw of the questions, and as many as fit into a row, in random order."""
+        every = [
+            self._encode(messages, question)
+            for messages, question in conversations(sample, self.processor.caption_prompt)
+        ]
+        if not every:
+            raise SampleError(f"sample {sample.key} has no caption, question or messages")
+        order = rng.permutation(len(every))
+        chosen, tokens, questions = [], 0, 0
+        for document in (every[place] for place in order):
+            if len(document.ids) > self.longest:
+                faults.append(
+                    f"a document of {len(document.ids)} tokens is longer than {self.longest}; raise max_tokens"
+                )
+            elif (
+                document.question is not None and self.stage.questions is not None and questions >= self.stage.questions
+            ):
+                continue
+            elif tokens + len(document.ids) <= self.stage.max_tokens:
+                chosen.append(document)
+                tokens += len(document.ids)
+                questions += document.question is not None
+        if not chosen:
+            raise SampleError(f"sample {sample.key}: {faults[0]}")
+        return chosen
+
+    def _encode(self, messages: list[dict], question: Question | None) -> Document:
+        """Questions and answers recur, over pictures and over epochs, and rendering a conversation takes its time."""
+        key = repr(messages)
+        if key not in self._encoded:
+            if len(self._encoded) >= 100_000:
+                self._encoded.clear()
+            ids, is_target = self.processor.encode_dialogue(messages)
+            self._encoded[key] = np.asarray(ids, dtype=np.int64), np.asarray(is_target)
+        return Document(*self._encoded[key], question)
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        pixels = [example.pixels for example in examples if example.pixels is not None]
+        counts = [0 if example.pixels is None else len(example.pixels) for example in examples]
+        if not pixels:
+            # Every rank runs the same modules whatever its data: a picture that nobody looks at.
+            pixels = [torch.zeros(1, *self.processor.image_processor.input_size)]
+        batch = {
+            "input_ids": padded([example.ids for example in examples], self.processor.tokenizer.pad_token_id),
+            "labels": padded([example.labels for example in examples], IGNORED),
+            "position_ids": padded([example.positions for example in examples], 0),
+            "document_ids": padded([example.documents for example in examples], 0),
+            "token_image": padded([example.token_image for example in examples], -1),
+            "pixel_values": torch.cat(pixels),
+            "image_slots": slots_of(counts),
+            "question_types": [example.types for example in examples],
+        }
+        return batch | (self._pairs(examples, counts) if self.stage.contrastive_weight else {})
+
+    def _pairs(self, examples: Sequence[Example], counts: list[int]) -> Batch:
+        """The texts (p, L) of those samples that have one, and the flat number of each one's picture (p,)."""
+        first = np.cumsum([0, *counts])
+        rows = [row for row, example in enumerate(examples) if example.pair is not None]
+        texts = [np.asarray(examples[row].pair) for row in rows]
+        return {
+            "pair_input_ids": padded(texts, self.processor.tokenizer.pad_token_id),
+            "pair_attention_mask": padded([np.ones_like(text) for text in texts], 0),
+            "pair_images": torch.as_tensor(first[rows], dtype=torch.long),
+        }
+
+
+READERS: dict[str, type[Reader]] = {
+    "contrastive": PairReader,
+    "joint": JointReader,
+    "clm": TextReader,
+    "mlm": MaskedReader,
+}
+
+
+class MicroBatches(Dataset):
+    """Number -> the micro-batch of this rank. A sample that cannot be used gives way to the next of its source.
+
+    Beside the objective's tensors a batch holds `samples` and `tokens`, counted, and `skipped`, (key, reason) pairs. An
+    error that ends the run is returned, not raised: a data worker would wrap it beyond recognition.
+    """
+
+    def __init__(
+        self, sources: Sequence[Shards], order: Order, reader: Reader, size: int, rank: int, ranks: int
+    ) -> None:
+        self.sources, self.order, self.reader = sources, order, reader
+        self.size, self.rank, self.ranks = size, rank, ranks
+
+    def __getitem__(self, number: int) -> Batch | UsageError | RunError:
+        first = (number * self.ranks + self.rank) * self.size
+        skipped: list[tuple[str, str]] = []
+        try:
+            examples = [self.example(position, skipped) for position in range(first, first + self.size)]
+        except (UsageError, RunError) as error:
+            return error
+        counts = {"samples": self.size, "tokens": sum(len(example.ids) for example in examples)}
+        return self.reader.collate(examples) | counts | {"skipped": skipped}
+
+    def example(self, position: int, skipped: list[tuple[str, str]]) -> Example:
+        """The example at a position of the stream; what had to be passed over is added to `skipped`."""
+        number, index = self.order.at(position)
+        source = self.sources[number]
+        reason = ""
+        for shift in range(min(len(source), PATIENCE)):
+            place = (index + shift) % len(source)
+            try:
+                rng = np.random.default_rng([*self.order.seed, 3, position])
+                example = self.reader.example(source[place], rng)
+            except UsageError as error:
+                reason = str(error)
+                skipped.append((source.entries[place].key, reason))
+                continue
+            skipped += [(source.entries[place].key, fault) for fault in example.faults]
+            return example
+        objective = self.reader.stage.objective
+        shards = source.entries[index].shard.parent
+        tried = min(len(source), PATIENCE)
+        raise UsageError(
+            f"none of {tried} samples of {shards} can be used by objective {objective}; the last: {reason}"
+        )
+
+
+def stream(batches: MicroBatches, first: int, workers: int) -> Iterator[Batch]:
+    """The micro-batches `first`, `first` + 1, … made ahead by `workers` processes. Raises what making them raised."""
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, ENDLESS),
+        num_workers=workers,
+        collate_fn=_unchanged,
+        worker_init_fn=_undisturbed if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        # Without its own it would draw from the global one, and a resumed run would not be the same.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
+    """Rows of numbers, right-padded with `value` to a multiple of 16 -> (B, L) long."""
+    longest = max((len(row) for row in rows), default=0)
+    tensor = torch.full((len(rows), max(TILE, -(-longest // TILE) * TILE)), value)
+    for row, numbers in enumerate(rows):
+        tensor[row, : len(numbers)] = torch.from_numpy(numbers)
+    return tensor
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _undisturbed(worker: int) -> None:
+    """A worker ends with its parent, which answers the signals; one that died of them would take a last checkpoint with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }

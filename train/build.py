@@ -1,0 +1,249 @@
+"""Builds the model and the processor that a config describes: from scratch, pretrained towers, or a saved model.
+
+Knows how sizes are spelled in timm and in each Hugging Face family. Knows nothing of data beyond the tokenizer's text,
+nor of training.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from vlm.configuration import VisionConfig, VLMConfig
+from vlm.errors import UsageError
+from vlm.model import VLMModel
+from vlm.processing import VLMImageProcessor, VLMProcessor, complete_tokenizer
+from vlm.saving import read
+from vlm.vision import VisionTower, build_tower
+
+from .config import Config, TextSizes, VisionSizes
+from .tokenizer import as_transformers, train_bpe, training_texts
+
+CAPTION_PROMPT = "Describe the picture."
+# A vocabulary of whole tiles is faster in matrix products than one of 4099 tokens.
+VOCABULARY_TILE = 64
+
+
+def build(config: Config) -> tuple[VLMModel, VLMProcessor]:
+    """The model, in float32 on the CPU, and its processor.
+
+    Random weights depend on `config.seed` alone; the global random state is left as it was. With several ranks, rank 0
+    trains the tokenizer and the others receive it. Raises UsageError for what cannot be built.
+    """
+    if config.model.path is not None:
+        model, processor = read(config.model.path, dtype="float32")
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model, processor = _from_parts(config)
+    _check_objectives(config, model)
+    return model, processor
+
+
+def _from_parts(config: Config) -> tuple[VLMModel, VLMProcessor]:
+    vision_config, vision = build_vision(config.model.vision)
+    language_model, tokenizer = _build_text(config)
+    image_processor = VLMImageProcessor(**vision.preprocess)
+    processor = VLMProcessor(image_processor, tokenizer, caption_prompt=CAPTION_PROMPT)
+    model_config = VLMConfig(
+        vision=vision_config,
+        text_config=copy.deepcopy(language_model.config),  # a composite's configuration resets its parts' attention
+        adapter=config.model.adapter.model_dump(),
+        embedding_dim=config.model.embedding_dim,
+        image_token_id=processor.image_token_id,
+        mask_token_id=processor.mask_token_id,
+    )
+    return VLMModel(model_config, vision=vision, language_model=language_model), processor
+
+
+def _check_objectives(config: Config, model: VLMModel) -> None:
+    if model.config.reading == "causal":
+        return
+    for index, stage in enumerate(config.stages):
+        if stage.objective in ("joint", "clm"):
+            family = model.config.text_config.model_type
+            raise UsageError(
+                f"stages.{index}: objective {stage.objective} writes text, and family {family} only reads it; "
+                "use contrastive or mlm, or a decoder family"
+            )
+
+
+# Vision
+
+
+def build_vision(spec: str | VisionSizes | None) -> tuple[dict[str, Any], VisionTower]:
+    """A tower of timm or open_clip: its `VisionConfig` fields, from which it can be rebuilt, and the tower itself."""
+    if isinstance(spec, str) and not spec.startswith(("timm:", "open_clip:")):
+        return _saved_tower(Path(spec))
+    sizes = VisionSizes(name=spec, pretrained=True) if isinstance(spec, str) else spec
+    assert sizes is not None
+    name, _, tag = sizes.name.partition("/") if sizes.name.startswith("open_clip:") else (sizes.name, "", "")
+    fields = {
+        "name": name,
+        "image_size": sizes.image_size,
+        "kwargs": {**_timm_sizes(sizes), **sizes.options},
+        "stem": sizes.stem,
+    }
+    return fields, _tower(fields, (tag or sizes.pretrained) if sizes.pretrained else False)
+
+
+def _timm_sizes(sizes: VisionSizes) -> dict[str, int]:
+    spelled = {"patch_size": sizes.patch_size, "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads}
+    given = {name: value for name, value in spelled.items() if value is not None}
+    if given and not sizes.name.startswith("timm:"):
+        raise UsageError(f"{sizes.name} takes its sizes from its name; remove {', '.join(given)}, or use a timm: name")
+    return given
+
+
+def _saved_tower(folder: Path) -> tuple[dict[str, Any], VisionTower]:
+    """A folder as timm saves it: `config.json`, which names the architecture, and `model.safetensors`."""
+    if not folder.is_dir():
+        raise UsageError(f"vision {folder} is neither timm:NAME, open_clip:NAME nor a folder; write one of them")
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        name = f"timm:{saved['architecture']}"
+    except (OSError, ValueError, KeyError):
+        raise UsageError(
+            f"vision folder {folder} has no config.json that names an architecture; save it with timm"
+        ) from None
+    fields = {"name": name, "kwargs": saved.get("model_args") or {}}
+    return fields, _tower(fields, str(folder))
+
+
+def _tower(fields: dict[str, Any], pretrained: bool | str) -> VisionTower:
+    try:
+        return build_tower(VisionConfig.from_dict(fields), pretrained)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"vision tower {fields['name']} cannot be built: {_first_line(error)}") from error
+
+
+# Text
+
+
+def _build_text(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec = config.model.text
+    if isinstance(spec, str):
+        return pretrained_text(spec)
+    assert spec is not None
+    tokenizer = complete_tokenizer(_tokenizer_from_scratch(config, spec.positions))
+    text_config = family_config(spec, tokenizer)
+    auto = _auto_class(text_config)
+    return auto.from_config(text_config), tokenizer
+
+
+def pretrained_text(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model and its tokenizer by hub id or path, with the special tokens that it lacked.
+
+    Its embeddings grow where those tokens need it; they are never cut.
+    """
+    try:
+        text_config = AutoConfig.from_pretrained(source)
+        tokenizer = complete_tokenizer(AutoTokenizer.from_pretrained(source))
+        model = _auto_class(text_config).from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"language model {source} cannot be read: {_first_line(error)}") from error
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_TILE)
+    return model, tokenizer
+
+
+def _auto_class(text_config: PreTrainedConfig) -> Any:
+    masked = VLMConfig(text_config=text_config).reading == "masked"
+    return AutoModelForMaskedLM if masked else AutoModelForCausalLM
+
+
+def family_config(sizes: TextSizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The family's own configuration class with `sizes` under the names that it uses."""
+    if sizes.width % sizes.heads:
+        raise UsageError(f"model.text: width {sizes.width} is no multiple of heads {sizes.heads}; change one")
+    defaults = _family_defaults(sizes.family)
+    inner = round(sizes.feed_forward * sizes.width)
+    values: dict[str, Any] = {
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "max_position_embeddings": sizes.positions,
+        "vocab_size": -(-len(tokenizer) // VOCABULARY_TILE) * VOCABULARY_TILE,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    optional = {
+        "num_key_value_heads": sizes.kv_heads or sizes.heads,
+        "head_dim": sizes.width // sizes.heads,
+        "word_embed_proj_dim": sizes.width,
+        "embedding_size": sizes.width,
+        "cls_token_id": None,
+        "sep_token_id": None,
+        "intermediate_size": inner,
+        "ffn_dim": inner,
+        "n_inner": inner,
+        "hidden_dim": inner,
+        "moe_intermediate_size": inner,
+    }
+    values |= {name: value for name, value in optional.items() if hasattr(defaults, name)}
+    if unknown := [name for name in sizes.options if not hasattr(defaults, name)]:
+        near = difflib.get_close_matches(unknown[0], defaults.to_dict(), n=1)
+        mend = f"did you mean {near[0]}?" if near else f"see {type(defaults).__name__}"
+        raise UsageError(f"model.text.options.{unknown[0]} is no setting of family {sizes.family}; {mend}")
+    try:
+        return AutoConfig.for_model(sizes.family, **{**values, **sizes.options})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"model.text does not make a {sizes.family}: {_first_line(error)}") from error
+
+
+def _family_defaults(family: str) -> PreTrainedConfig:
+    if family not in CONFIG_MAPPING_NAMES:
+        near = difflib.get_close_matches(family, CONFIG_MAPPING_NAMES, n=1)
+        mend = f"did you mean {near[0]}?" if near else "write a model_type such as qwen3, llama, gpt2 or bert"
+        raise UsageError(f"model.text.family {family!r} is no family of transformers; {mend}")
+    return AutoConfig.for_model(family)
+
+
+def _tokenizer_from_scratch(config: Config, longest: int) -> PreTrainedTokenizerBase:
+    if config.model.tokenizer.path is not None:
+        try:
+            return AutoTokenizer.from_pretrained(config.model.tokenizer.path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"tokenizer {config.model.tokenizer.path} cannot be read: {_first_line(error)}") from error
+    sources = [source.path for source in config.data.train]
+    vocab_size = config.model.tokenizer.vocab_size
+    bpe = _on_first_rank(lambda: train_bpe(training_texts(sources, CAPTION_PROMPT), vocab_size))
+    return as_transformers(bpe, longest)
+
+
+def _on_first_rank(make: Callable[[], str]) -> str:
+    """What `make` returns on rank 0, or its error, on every rank: no rank may wait for one that has failed."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return make()
+    box: list[Any] = [None, None]
+    if torch.distributed.get_rank() == 0:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -1,0 +1,329 @@
+"""What a training config may say: its fields, their defaults and their contradictions.
+
+Knows names, types and numbers. Knows nothing of models, data or DeepSpeed objects. Each field's description is its
+documentation: `annotated_yaml` writes it beside the value.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from vlm.errors import UsageError
+
+from .explain import explain
+from .settings import COMMAND_LINE, Settings, flow, read_settings
+
+SHORTHANDS = {"vision": "model.vision", "text": "model.text", "adapter": "model.adapter"}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def _as_pair(value: Any) -> Any:
+    return [value, value] if isinstance(value, int) else value
+
+
+class VisionSizes(_Section):
+    """A vision tower by its architecture's name, with its sizes changed where they are given."""
+
+    name: str = Field(description="timm:ARCHITECTURE or open_clip:ARCHITECTURE")
+    pretrained: bool = Field(False, description="start from the library's own weights instead of random ones")
+    image_size: Annotated[list[PositiveInt], BeforeValidator(_as_pair)] | None = Field(
+        None, min_length=2, max_length=2, description="pixels, one number or [height, width]"
+    )
+    patch_size: PositiveInt | None = Field(None, description="pixels of a patch's side")
+    width: PositiveInt | None = Field(None, description="features of a token")
+    depth: PositiveInt | None = Field(None, description="layers")
+    heads: PositiveInt | None = Field(None, description="attention heads")
+    stem: Literal["patch", "conv"] = Field("patch", description="patch: one big convolution; conv: a few small ones")
+    options: dict[str, Any] = Field({}, description="anything else of timm.create_model or open_clip.create_model")
+
+
+class TextSizes(_Section):
+    """A language model from scratch: a Hugging Face family and its sizes."""
+
+    family: str = Field(description="model_type of a Hugging Face family: qwen3, llama, gpt2, bert, …")
+    width: PositiveInt = Field(description="hidden size")
+    depth: PositiveInt = Field(description="layers")
+    heads: PositiveInt = Field(description="attention heads")
+    kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: as many as heads")
+    feed_forward: PositiveFloat = Field(4.0, description="width of the feed-forward as a multiple of the hidden size")
+    positions: PositiveInt = Field(1024, description="longest text in tokens")
+    options: dict[str, Any] = Field({}, description="anything else of the family's own configuration class")
+
+
+class Adapter(_Section):
+    """The gated cross-attention adapters; the fields of `vlm.configuration.AdapterConfig`."""
+
+    every: PositiveInt = Field(1, description="an adapter before each every-th layer of the language model")
+    layers: list[NonNegativeInt] | None = Field(None, description="exact layer indices instead of every")
+    heads: PositiveInt | None = Field(None, description="attention heads; null: the language model's number")
+    kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: as many as heads")
+    head_dim: PositiveInt | None = Field(None, description="size of a head; null: hidden size / heads")
+    feed_forward: NonNegativeFloat = Field(4.0, description="width of its feed-forward / hidden size; 0: none")
+    gate_init: float = Field(0.0, description="gates at birth; 0 keeps a pretrained language model as it is")
+    qk_norm: bool = Field(False, description="normalise queries and keys per head; steadier from scratch")
+    positions: Literal["sincos", "learned"] = Field("sincos", description="positions of the image tokens")
+    latents: NonNegativeInt = Field(0, description="a perceiver resampler to this many tokens per picture; 0: none")
+    resampler_depth: PositiveInt = Field(2, description="layers of that resampler")
+
+
+def _is_name(value: Any) -> str:
+    return "<name>" if isinstance(value, str) else "<sizes>"
+
+
+VisionSpec = Annotated[Annotated[str, Tag("<name>")] | Annotated[VisionSizes, Tag("<sizes>")], Discriminator(_is_name)]
+TextSpec = Annotated[Annotated[str, Tag("<name>")] | Annotated[TextSizes, Tag("<sizes>")], Discriminator(_is_name)]
+
+
+class Tokenizer(_Section):
+    """The tokenizer of a language model that is trained from scratch."""
+
+    vocab_size: PositiveInt = Field(4096, description="most tokens that the trained byte-level BPE may have")
+    path: str | None = Field(None, description="one that exists, Hugging Face id or path, instead")
+
+
+class Model(_Section):
+    """What is trained."""
+
+    path: str | None = Field(None, description="go on from this saved model, instead of vision and text")
+    vision: VisionSpec | None = Field(
+        None, description="pretrained tower timm:NAME, open_clip:NAME/TAG or a timm folder; or sizes, from scratch"
+    )
+    text: TextSpec | None = Field(
+        None, description="pretrained language model, Hugging Face id or path; or family and sizes, from scratch"
+    )
+    tokenizer: Tokenizer = Field(Tokenizer(), description="for a language model from scratch")
+    adapter: Adapter = Field(Adapter(), description="how the language model looks at pictures")
+    embedding_dim: PositiveInt = Field(256, description="size of the space that pictures and texts share")
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if self.path is not None and (self.vision is not None or self.text is not None):
+            raise ValueError("model.path and model.vision or model.text are both set; write model={path: …} alone")
+        if self.path is None and (self.vision is None or self.text is None):
+            missing = "vision" if self.vision is None else "text"
+            raise ValueError(f"model.{missing} is missing; give vision and text, or the path of a saved model")
+        if isinstance(self.text, str) and self.tokenizer != Tokenizer():
+            raise ValueError(f"model.tokenizer is set, and text {self.text!r} brings its own; remove model.tokenizer")
+        return self
+
+
+class Source(_Section):
+    """One set of shards among several."""
+
+    path: str = Field(description="folder with index.json, a .tar, or {00000..00012}.tar")
+    weight: PositiveFloat = Field(1.0, description="how often it is drawn from, relative to the others")
+
+
+def _as_sources(value: Any) -> Any:
+    listed = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in listed]
+
+
+class Data(_Section):
+    """What it learns from."""
+
+    train: Annotated[list[Source], BeforeValidator(_as_sources)] = Field(
+        min_length=1, description="shards to learn from: a path, or a list of {path, weight}"
+    )
+    val: str | None = Field(None, description="shards held out, for validation")
+    workers: NonNegativeInt = Field(2, description="processes per rank that read and decode")
+
+
+class Lora(_Section):
+    """Low-rank updates in place of full ones (Hu et al. 2021), by peft."""
+
+    r: PositiveInt = Field(8, description="rank")
+    alpha: PositiveFloat | None = Field(None, description="scale is alpha / r; null: 2 r")
+    dropout: NonNegativeFloat = Field(0.0, description="dropout before the update")
+    targets: list[str] | None = Field(
+        None, description="names or patterns of linear layers; null: all of the language model's"
+    )
+
+
+OBJECTIVE_ONLY = {
+    "contrastive_weight": ("joint",),
+    "questions": ("joint",),
+    "mask_share": ("mlm",),
+    "loss": ("contrastive", "joint"),
+}
+
+
+class Stage(_Section):
+    """One stage of training; it starts from what the one before left."""
+
+    objective: Literal["contrastive", "joint", "clm", "mlm"] = Field(
+        description="contrastive: pictures against texts; joint: captions and answers; clm, mlm: text only"
+    )
+    steps: PositiveInt | None = Field(None, description="optimizer steps; this or minutes")
+    minutes: PositiveFloat | None = Field(None, description="wall-clock budget; the schedule follows the share used")
+    batch: PositiveInt = Field(64, description="samples per optimizer step, over all ranks")
+    micro_batch: PositiveInt | None = Field(None, description="samples a rank holds at once; null: its whole share")
+    lr: PositiveFloat = Field(1e-3, description="highest learning rate")
+    warmup: NonNegativeFloat = Field(0.05, le=1, description="share of the stage in which the rate climbs")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes on after that")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw; muon for the matrices, adamw for the rest")
+    weight_decay: NonNegativeFloat = Field(0.05, description="on matrices only")
+    clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0: no limit")
+    train: list[str] = Field(["*"], description="patterns of the parameter names that train")
+    freeze: list[str] = Field([], description="patterns of those that do not, whatever train says")
+    lora: Lora | None = Field(None, description="low-rank updates of frozen linear layers, e.g. {r: 8}")
+    loss: Literal["infonce", "siglip"] = Field("infonce", description="contrastive loss")
+    questions: PositiveInt | None = Field(
+        None, description="joint: most questions of a picture per visit, drawn anew each time; null: all"
+    )
+    max_tokens: PositiveInt = Field(
+        1024, description="longest row of tokens; documents beyond it wait for another visit"
+    )
+    contrastive_weight: NonNegativeFloat = Field(0.0, description="joint: weight of an added contrastive term")
+    mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Stage:
+        if self.steps is None and self.minutes is None:
+            raise ValueError("neither steps nor minutes is set; give one")
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError(f"steps {self.steps} and minutes {self.minutes:g} are both set; remove one")
+        if self.micro_batch is not None and self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change one")
+        for name, objectives in OBJECTIVE_ONLY.items():
+            if self.objective not in objectives and getattr(self, name) != type(self).model_fields[name].default:
+                belongs = " or ".join(objectives)
+                raise ValueError(f"{name} belongs to objective {belongs}, not {self.objective}; remove it")
+        return self
+
+
+class Checkpoint(_Section):
+    """Resumable states under OUT/checkpoints."""
+
+    every: PositiveInt = Field(500, description="optimizer steps between two")
+    keep: PositiveInt = Field(3, description="how many of the newest stay")
+
+
+class Validation(_Section):
+    """Scores on data.val while it trains."""
+
+    every: PositiveInt = Field(500, description="optimizer steps between two")
+    samples: PositiveInt = Field(256, description="samples of data.val each time")
+
+
+class Config(_Section):
+    """A whole run."""
+
+    seed: NonNegativeInt = Field(0, description="decides every random number of the run")
+    out: str = Field("runs/mine", description="folder for log.jsonl, checkpoints/, model/ and config.yaml")
+    minutes: PositiveFloat | None = Field(None, description="budget of the run; the stages' minutes are scaled to it")
+    model: Model = Field(description="what is trained")
+    data: Data = Field(description="what it learns from")
+    stages: list[Stage] = Field(min_length=1, description="one after the other, each from what the one before left")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="numbers in matrix products; weights stay fp32, but for fp16"
+    )
+    zero: NonNegativeInt = Field(0, le=3, description="DeepSpeed ZeRO stage: what is split over the ranks")
+    deepspeed: dict[str, Any] | str = Field({}, description='more of DeepSpeed, or a JSON file; "auto" is filled in')
+    compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")
+    validation: Validation = Field(Validation(), description="scores on data.val while it trains")
+
+    @model_validator(mode="after")
+    def _share_minutes(self) -> Config:
+        if self.minutes is None:
+            return self
+        shares = [stage.minutes for stage in self.stages if stage.minutes is not None]
+        if len(shares) < len(self.stages):
+            raise ValueError(
+                f"minutes {self.minutes:g} is shared among stages in minutes, and "
+                f"{len(self.stages) - len(shares)} of {len(self.stages)} stages count steps; change one"
+            )
+        scale = self.minutes / sum(shares)
+        for stage in self.stages:
+            stage.minutes = (stage.minutes or 0.0) * scale
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The config of a YAML file, or of a packaged one by name, with `key.sub=value` overrides.
+
+    Raises UsageError that names the key and the line for an unknown key, a wrong type or a contradiction.
+    """
+    settings = read_settings(_find(str(path)), overrides or [], SHORTHANDS)
+    _let_command_line_choose(settings)
+    try:
+        return Config.model_validate(settings.values)
+    except ValidationError as error:
+        raise UsageError(explain(error, settings, Config)) from None
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name -> path of the recipes that come with the package."""
+    folder = Path(str(resources.files("vlm.configs")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    packaged = packaged_configs()
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    if short in packaged:
+        return packaged[short]
+    raise UsageError(f"config {name} does not exist; give a YAML file, or one that comes along: {', '.join(packaged)}")
+
+
+def _let_command_line_choose(settings: Settings) -> None:
+    """`stages.0.steps=10` on a stage in minutes means steps instead, and the other way round."""
+    stages = settings.values.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        for chosen, other in (("steps", "minutes"), ("minutes", "steps")):
+            given = [settings.marks.get(("stages", index, name)) == COMMAND_LINE for name in (chosen, other)]
+            if isinstance(stage, dict) and given == [True, False]:
+                stage.pop(other, None)
+
+
+# Documentation
+
+
+def annotated_yaml(config: Config) -> str:
+    """The config as YAML that `load_config` reads back, each field with its description, the first time it occurs."""
+    return "\n".join(_lines(config, "", set())) + "\n"
+
+
+def _lines(section: BaseModel, indent: str, told: set[tuple[type, str]]) -> list[str]:
+    lines = []
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        help_line = "" if (type(section), name) in told else f"# {info.description}"
+        told.add((type(section), name))
+        if isinstance(value, BaseModel):
+            lines += [_beside(f"{indent}{name}:", help_line), *_lines(value, indent + "  ", told)]
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            lines.append(_beside(f"{indent}{name}:", help_line))
+            for item in value:
+                first, *rest = _lines(item, indent + "    ", told)
+                lines += [f"{indent}  - {first.strip()}", *rest]
+        else:
+            lines.append(_beside(f"{indent}{name}: {flow(value)}", help_line))
+    return lines
+
+
+def _beside(line: str, help_line: str) -> str:
+    return f"{line:<40} {help_line}".rstrip()

@@ -1,0 +1,139 @@
+"""The DeepSpeed configuration of one stage: what the config says, filled into what the user gave of DeepSpeed's own.
+
+Knows DeepSpeed's key names. Knows nothing of engines or models.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vlm.errors import UsageError
+
+from .config import Config, Stage
+
+AUTO = "auto"
+
+
+def deepspeed_config(config: Config, stage: Stage, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for `stage` on `world_size` ranks.
+
+    Optimizer and schedule are the loop's own, so there is no section for them unless the user gives one. `"auto"`
+    values are filled in, or left to DeepSpeed's default where the config has nothing to say. Raises UsageError with
+    both values where the user's DeepSpeed settings and the config differ, or the batch does not divide over the ranks.
+    """
+    merged = _load(config.deepspeed)
+    _fill(merged, {**_batches(stage, world_size), **_precision(config, merged), **_rest(config, stage)}, stage, "")
+    _drop_auto(merged)
+    # The loop's optimizers are torch's own; ZeRO takes them only if it is told so.
+    merged.setdefault("zero_allow_untested_optimizer", True)
+    merged.setdefault("zero_force_ds_cpu_optimizer", False)
+    merged.setdefault("steps_per_print", 10**9)
+    return merged
+
+
+def micro_batch_size(stage: Stage, world_size: int) -> int:
+    """Samples a rank holds at once; raises UsageError with the numbers where the batch does not divide."""
+    micro = stage.micro_batch or max(1, stage.batch // world_size)
+    share = world_size * micro
+    if stage.batch % share:
+        lower, upper = stage.batch // share * share, (stage.batch // share + 1) * share
+        fits = f"{lower} or {upper}" if lower else str(upper)
+        raise UsageError(
+            f"batch {stage.batch} does not divide over {world_size} processes × micro_batch {micro} = {share}; "
+            f"use batch {fits}"
+        )
+    return micro
+
+
+def _load(given: dict[str, Any] | str) -> dict[str, Any]:
+    if not isinstance(given, str):
+        return json.loads(json.dumps(given))
+    try:
+        loaded = json.loads(Path(given).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"deepspeed: {given} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"deepspeed: {given} is not valid JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UsageError(f"deepspeed: {given} holds a {type(loaded).__name__}; DeepSpeed wants an object")
+    return loaded
+
+
+def _batches(stage: Stage, world_size: int) -> dict[str, Any]:
+    micro = micro_batch_size(stage, world_size)
+    return {
+        "train_batch_size": stage.batch,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": stage.batch // (micro * world_size),
+    }
+
+
+def _precision(config: Config, given: dict[str, Any]) -> dict[str, Any]:
+    """bf16 is autocast over fp32 weights, as fast on CPUs as bf16 weights and at home in every ZeRO stage.
+
+    A `bf16` section of the user's own, enabled, means bf16 weights with fp32 masters; these, and fp16, are ZeRO's work.
+    """
+    section = given.get("bf16")
+    asked = isinstance(section, dict) and section.get("enabled") in (True, AUTO)
+    bf16_weights = config.precision == "bf16" and asked
+    if (bf16_weights or config.precision == "fp16") and config.zero == 0:
+        kind = "deepspeed: bf16" if bf16_weights else "precision fp16"
+        raise UsageError(f"{kind} keeps masters of the weights, which zero {config.zero} does not; use zero 1, 2 or 3")
+    sections: dict[str, Any] = {"bf16": {"enabled": bf16_weights}, "fp16": {"enabled": config.precision == "fp16"}}
+    if config.precision == "bf16" and not bf16_weights:
+        sections["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return sections
+
+
+def _rest(config: Config, stage: Stage) -> dict[str, Any]:
+    return {
+        "gradient_clipping": stage.clip,
+        "zero_optimization": {"stage": config.zero},
+        # Filled in where the user writes a section with "auto", never added.
+        "optimizer": {"params": {"lr": stage.lr, "weight_decay": stage.weight_decay}},
+    }
+
+
+ONLY_IF_GIVEN = ("optimizer",)
+NAMES = {
+    "train_batch_size": "batch",
+    "train_micro_batch_size_per_gpu": "micro_batch",
+    "gradient_accumulation_steps": "batch / (processes × micro_batch)",
+    "gradient_clipping": "clip",
+    "zero_optimization.stage": "zero",
+    "bf16.enabled": "precision bf16",
+    "fp16.enabled": "precision fp16",
+    "torch_autocast.enabled": "precision bf16",
+    "torch_autocast.dtype": "precision bf16",
+    "optimizer.params.lr": "lr",
+    "optimizer.params.weight_decay": "weight_decay",
+}
+
+
+def _fill(given: dict[str, Any], ours: dict[str, Any], stage: Stage, above: str) -> None:
+    for key, value in ours.items():
+        name = above + key
+        if key in ONLY_IF_GIVEN and key not in given:
+            continue
+        if isinstance(value, dict):
+            section = given.setdefault(key, {})
+            if not isinstance(section, dict):
+                raise UsageError(f"deepspeed: {name} is {section!r}; it should be an object")
+            _fill(section, value, stage, name + ".")
+        elif given.setdefault(key, value) == AUTO:
+            given[key] = value
+        elif given[key] != value:
+            raise UsageError(
+                f"deepspeed: {name} is {given[key]!r}, and {NAMES[name]} of the {stage.objective} stage is {value!r}; "
+                f'change one, or write "auto" in its place'
+            )
+
+
+def _drop_auto(section: dict[str, Any]) -> None:
+    for key in [key for key, value in section.items() if value == AUTO]:
+        del section[key]
+    for value in section.values():
+        if isinstance(value, dict):
+            _drop_auto(value)

@@ -1,0 +1,128 @@
+"""What trains, by which optimizer, and how fast at which moment.
+
+Knows parameters by their names and shapes. Knows nothing of batches, losses or the engine that takes the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlm.errors import UsageError
+from vlm.model import VLMModel
+
+from .config import Stage
+from .objectives import Objective
+
+BETAS = (0.9, 0.95)
+# Tables that are looked up or added, not multiplied with: they are no matrices, whatever their shape.
+TABLES = (
+    "pos_embed",
+    "cls_token",
+    "reg_token",
+    "class_embedding",
+    "positional_embedding",
+    "image_positions",
+    "query",
+    "latents",
+)
+
+
+def choose_trainable(objective: Objective, stage: Stage) -> None:
+    """Set `requires_grad` of every parameter: those that the objective reads, `train` names and `freeze` does not.
+
+    With LoRA, of the language model only the updates train. Raises UsageError for a pattern that matches nothing, and if
+    nothing is left to train.
+    """
+    parameters = dict(objective.model.named_parameters())
+    for field in ("train", "freeze"):
+        for pattern in getattr(stage, field):
+            if not any(_matches(name, pattern) for name in parameters):
+                parts = sorted({name.partition(".")[0] for name in parameters})
+                raise UsageError(
+                    f"{field} pattern {pattern!r} matches none of {len(parameters)} parameters; their names begin with "
+                    f"{', '.join(parts)}"
+                )
+    for name, parameter in parameters.items():
+        beside_lora = stage.lora is not None and name.startswith("language_model.") and "lora_" not in name
+        wanted = any(_matches(name, pattern) for pattern in stage.train)
+        frozen = beside_lora or any(_matches(name, pattern) for pattern in stage.freeze)
+        parameter.requires_grad_(wanted and not frozen and name.startswith(objective.reads()))
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UsageError(
+            f"train {stage.train} and freeze {stage.freeze} leave objective {stage.objective} nothing to train, of "
+            f"{len(parameters)} parameters; it reads those that begin with {', '.join(objective.reads())}"
+        )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A pattern, or the beginning of a name up to a dot: `vision` is `vision.*`."""
+    return fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def make_optimizer(model: VLMModel, stage: Stage) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the hidden matrices and AdamW for the rest, over what trains.
+
+    Weight decay is for matrices alone: not for norms, biases, gates, embeddings. `scale` in a group multiplies its
+    learning rate.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and name.rpartition(".")[2] not in TABLES
+        by_muon = stage.optimizer == "muon" and matrix and parameter.ndim == 2 and parameter is not head
+        groups[matrix, tuple(parameter.shape) if by_muon else None].append(parameter)
+    listed = [_group(matrix, shape, parameters, stage) for (matrix, shape), parameters in groups.items()]
+    if stage.optimizer == "muon":
+        return _muon(listed)
+    return torch.optim.AdamW(listed, lr=stage.lr, betas=BETAS, fused=True)
+
+
+def _group(matrix: bool, shape: tuple[int, int] | None, parameters: list[nn.Parameter], stage: Stage) -> dict[str, Any]:
+    group = {"params": parameters, "lr": stage.lr, "weight_decay": stage.weight_decay if matrix else 0.0, "scale": 1.0}
+    if shape is not None:
+        # An orthogonal update, brought to the size of AdamW's, takes AdamW's learning rate and decay (Moonlight, Liu et
+        # al. 2025, equation 4). DeepSpeed's Muon has put in √max(1, rows / columns) already.
+        rows, columns = shape
+        group["scale"] = 0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns))
+    if stage.optimizer == "muon":
+        group["use_muon"] = shape is not None
+    return group
+
+
+def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon, which alone knows how to orthogonalise a matrix that ZeRO has flattened and split."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+        if not group["use_muon"]:
+            group["betas"] = BETAS
+    return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
+
+
+def rate(stage: Stage, share: float) -> float:
+    """The learning rate when `share` (0 to 1) of the stage is done: a linear climb, then the schedule, to 0 at the end."""
+    if share < stage.warmup:
+        return stage.lr * share / stage.warmup
+    rest = (share - stage.warmup) / max(1e-9, 1.0 - stage.warmup)
+    if stage.schedule == "cosine":
+        return stage.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
+    if stage.schedule == "linear":
+        return stage.lr * max(0.0, 1.0 - rest)
+    return stage.lr

@@ -1,0 +1,69 @@
+"""The processes that train together: joining them, and numbers that all of them must agree on.
+
+Knows launchers' environment variables, DeepSpeed's start and the process group. Knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import distributed as dist
+
+from vlm.errors import UsageError
+
+
+def join() -> None:
+    """Join the ranks that torchrun, deepspeed or `vlm train` started, or be the only one. Calling it again does nothing."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer is used in forked data workers
+    if dist.is_initialized():
+        return
+    # On CPUs DeepSpeed would compile an op for inference at its start, which takes a C++ compiler; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    alone = "RANK" not in os.environ
+    try:
+        if alone:
+            os.environ.setdefault("LOCAL_RANK", "0")
+            meeting = Path(tempfile.mkdtemp(prefix="vlm-")) / "meeting"
+            deepspeed.init_distributed(
+                auto_mpi_discovery=False, init_method=f"file://{meeting}", rank=0, world_size=1, verbose=False
+            )
+        else:
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    except RuntimeError as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        port = os.environ.get("MASTER_PORT")
+        raise UsageError(f"port {port} is in use; start with another --master_port") from None
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """Whether this is the rank that writes files and speaks."""
+    return dist.get_rank() == 0
+
+
+def sums(values: list[float], device: torch.device) -> list[float]:
+    """Each value summed over ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def merged(counts: Counter[str]) -> Counter[str]:
+    """Counts of all ranks together, under whatever names each of them met."""
+    gathered: list[Counter[str]] = [Counter()] * dist.get_world_size()
+    dist.all_gather_object(gathered, counts)
+    return sum(gathered, Counter())

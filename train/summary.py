@@ -1,0 +1,64 @@
+"""A table of what trains and what is frozen, part by part.
+
+Knows a model's parameters and their names. Knows nothing of optimizers or objectives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .config import Stage
+
+HEADINGS = ("part", "parameters", "trainable", "dtype", "lr")
+
+
+@dataclass
+class _Part:
+    total: int = 0
+    trainable: int = 0
+    dtypes: set[str] = field(default_factory=set)
+
+    def add(self, parameter: nn.Parameter) -> None:
+        # Under ZeRO-3 a parameter is an empty shard that remembers its size as `ds_numel`.
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        self.total += size
+        self.trainable += size if parameter.requires_grad else 0
+        self.dtypes.add(str(parameter.dtype).removeprefix("torch."))
+
+
+def training_table(model: nn.Module, stage: Stage) -> str:
+    """One row for each part of `model` (its children, and its own parameters together as "scalars"), and the sum."""
+    parts: dict[str, _Part] = {}
+    whole = _Part()
+    for name, parameter in model.named_parameters():
+        part = name.partition(".")[0] if "." in name else "scalars"
+        parts.setdefault(part, _Part()).add(parameter)
+        whole.add(parameter)
+    rows = [_row(name, part, stage) for name, part in [*parts.items(), ("total", whole)]]
+    return _aligned([HEADINGS, *rows])
+
+
+def _row(name: str, part: _Part, stage: Stage) -> tuple[str, ...]:
+    if part.trainable == 0:
+        trainable = "frozen"
+    elif part.trainable == part.total:
+        trainable = "all"
+    else:
+        trainable = f"{part.trainable:,} ({part.trainable / part.total:.1%})"
+    rate = f"{stage.lr:g}" if part.trainable else "–"
+    return name, f"{part.total:,}", trainable, ", ".join(sorted(part.dtypes)), rate
+
+
+def _aligned(rows: Iterable[tuple[str, ...]]) -> str:
+    listed = list(rows)
+    widths = [max(len(row[column]) for row in listed) for column in range(len(HEADINGS))]
+    lines = []
+    for index, (name, *cells) in enumerate(listed):
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+        if index == 0 or index == len(listed) - 2:
+            lines.append("─" * len(lines[-1]))
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""How well the model does on held-out data while it trains.
+
+Knows batches and the engine's forward pass. Knows nothing of schedules, files or what is done with the numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine, zero
+
+from .batches import Batch, on_device
+from .ranks import merged, sums
+
+
+@torch.no_grad()
+def validate(engine: DeepSpeedEngine, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Loss and logged numbers over `batches` of every rank, as one large step would give them; a collective call.
+
+    joint: also `accuracy`, for each type of question the share whose answer tokens are all predicted right, each from the
+    true ones before it, over `asked` questions; and `gates`, tanh of attention and feed-forward gate of each adapter.
+    """
+    objective, device = engine.module, engine.device
+    targets, ranks = sums([sum(objective.targets(batch) for batch in batches), 1.0], device)
+    mean_targets = max(1.0, targets) / (len(batches) * ranks)
+    totals: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    engine.eval()
+    for batch in batches:
+        loss, logs = engine(on_device(batch, device), mean_targets)
+        documents_right = logs.pop("documents_right", None)
+        totals.update({"loss": float(loss)} | {name: float(value) for name, value in logs.items()})
+        if documents_right is not None:
+            _count(batch["question_types"], documents_right.tolist(), right, asked)
+    engine.train()
+    means = sums([total / (len(batches) * ranks) for total in totals.values()], device)
+    result: dict[str, Any] = dict(zip(totals, means, strict=True))
+    right, asked = merged(right), merged(asked)
+    if asked:
+        result["accuracy"] = {kind: right[kind] / asked[kind] for kind in sorted(asked)}
+        result["asked"] = dict(sorted(asked.items()))
+    if engine.module.stage.objective == "joint":
+        with zero.GatheredParameters([p for p in objective.model.adapters.parameters() if hasattr(p, "ds_id")]):
+            result["gates"] = objective.model.gates()
+    return result
+
+
+def _count(types: list[list[str | None]], rights: list[list[bool]], right: Counter[str], asked: Counter[str]) -> None:
+    for row_types, row_right in zip(types, rights, strict=True):
+        for kind, is_right in zip(row_types, row_right, strict=False):
+            if kind is not None:
+                asked[kind] += 1
+                right[kind] += is_right

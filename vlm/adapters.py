@@ -1,0 +1,149 @@
+"""The parts that let a language model look: gated cross-attention, a perceiver resampler, an attention pool.
+
+Knows tensors of hidden states and image tokens. Knows nothing of tokens' meaning, of which language model it serves, or of
+how pictures became tokens. Modules take numbers that `vlm.model` has resolved.
+
+Shapes: B rows, L text tokens, S image tokens, H heads, K key/value heads, d features a head, C hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+class CrossAttention(nn.Module):
+    """softmax(Q Kᵀ / √d) V with queries from one sequence and keys and values from another (Vaswani et al. 2017, eq. 1).
+
+    Keys and values are made apart from the queries, so that they can be made once for many queries.
+    fused: PyTorch's fused kernel; without it, two plain matrix products. Measured with bf16 on CPUs, forward and backward of
+    short sequences, the plain products take a third to a fifth of the fused kernel's time.
+    """
+
+    def __init__(self, query_width: int, source_width: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.fused = True
+        self.q_proj = nn.Linear(query_width, heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(source_width, kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(source_width, kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * head_dim, query_width, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+
+    def keys_values(self, source: Tensor) -> Tensor:
+        """(B, S, source width) -> (B, 2, K, S, d): keys, then values."""
+        keys = self.k_norm(self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)))
+        values = self.v_proj(source).unflatten(-1, (self.kv_heads, self.head_dim))
+        return torch.stack([keys, values], dim=1).transpose(2, 3)
+
+    def forward(self, hidden: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, L, C) and (B, 2, K, S, d) -> (B, L, C). mask (B, 1, L, S): True where a query may look; no row all False."""
+        queries = self.q_norm(self.q_proj(hidden).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
+        keys, values = keys_values.unbind(1)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=mask, enable_gqa=self.heads != self.kv_heads
+            )
+        else:
+            groups = self.heads // self.kv_heads
+            mixed = plain_attention(
+                queries, keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1), mask
+            )
+        return self.o_proj(mixed.transpose(1, 2).flatten(2))
+
+
+def plain_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, H, L, d), (B, H, S, d), (B, H, S, d) -> (B, H, L, d). mask: bool, True where a query may look."""
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) @ values
+
+
+class FeedForward(nn.Module):
+    """W₂ GELU(W₁ x), (…, C) -> (…, C)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, C) -> (…, C)."""
+        return self.down_proj(F.gelu(self.up_proj(hidden)))
+
+
+class GatedCrossAttention(GradientCheckpointingLayer):
+    """One adapter: x + tanh(α_attn) · CrossAttention(norm(x), image), then x + tanh(α_ff) · FeedForward(norm(x)).
+
+    Flamingo (Alayrac et al. 2022), section 3.1.2. A text token that sees no picture passes unchanged, bit for bit.
+    """
+
+    def __init__(self, hidden_size: int, attention: CrossAttention, feed_forward: FeedForward | None, gate_init: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.attention = attention
+        self.attention_gate = nn.Parameter(torch.full((1,), float(gate_init)))
+        self.feed_forward = feed_forward
+        if feed_forward is not None:
+            self.feed_forward_norm = nn.LayerNorm(hidden_size)
+            self.feed_forward_gate = nn.Parameter(torch.full((1,), float(gate_init)))
+
+    def forward(self, hidden: Tensor, keys_values: Tensor, sees: Tensor, mask: Tensor | None) -> Tensor:
+        """hidden (B, L, C); keys_values (B, 2, K, S, d); sees (B, L) True where a token sees a picture; mask (B, 1, L, S)."""
+        attended = self.attention(self.attention_norm(hidden), keys_values, mask)
+        looked = hidden + self.attention_gate.tanh() * attended
+        if self.feed_forward is not None:
+            looked = looked + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(looked))
+        return torch.where(sees[..., None], looked, hidden)
+
+
+class PerceiverResampler(nn.Module):
+    """Turns S image tokens into a fixed number of latents (Flamingo, section 3.1.1): (n, S, D) -> (n, latents, D)."""
+
+    def __init__(self, width: int, latents: int, depth: int, heads: int, feed_forward: int) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(latents, width) * 0.02)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "source_norm": nn.LayerNorm(width),
+                    "latent_norm": nn.LayerNorm(width),
+                    "attention": CrossAttention(width, width, heads, heads, width // heads, qk_norm=False),
+                    "feed_forward_norm": nn.LayerNorm(width),
+                    "feed_forward": FeedForward(width, feed_forward),
+                }
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, S, D) -> (n, latents, D). As in Flamingo, latents attend to the tokens and to themselves."""
+        latents = self.latents.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        for layer in self.layers:
+            queries = layer["latent_norm"](latents)
+            source = torch.cat([layer["source_norm"](tokens), queries], dim=1)
+            latents = latents + layer["attention"](queries, layer["attention"].keys_values(source))
+            latents = latents + layer["feed_forward"](layer["feed_forward_norm"](latents))
+        return self.norm(latents)
+
+
+class AttentionPool(nn.Module):
+    """One learned query gathers image tokens into the shared contrastive space: (n, S, D) -> (n, E)."""
+
+    def __init__(self, width: int, embedding_dim: int, heads: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, width) * 0.02)
+        self.attention = CrossAttention(width, width, heads, heads, width // heads, qk_norm=False)
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, embedding_dim, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(n, S, D) -> (n, E)."""
+        query = self.query.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        gathered = self.attention(query, self.attention.keys_values(tokens))
+        return self.projection(self.norm(gathered.squeeze(1)))

@@ -1,0 +1,312 @@
+"""What a person calls: a loaded model that captions, answers, completes, fills in, embeds and classifies.
+
+Knows how questions become conversations and conversations become batches. Knows nothing of shards, training, or how the
+parts beneath work. Pictures are paths, PIL images, bytes or (H, W, 3) uint8 arrays; nothing is ever fetched from a URL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import BatchFeature
+
+from vlm.decoding import Decoding, seeded, streamed
+from vlm.errors import UsageError
+from vlm.model import VLMModel
+from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, slots_of
+from vlm.saving import decoding_defaults, read
+
+Item = TypeVar("Item")
+Messages = Sequence[dict[str, Any]]
+
+
+def load(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> VLM:
+    """Load a model folder or a hub id, ready to be asked.
+
+    device "auto": a CUDA GPU if there is one, else the CPU. dtype "auto": as saved.
+    Raises UsageError for a folder that is missing, of another kind, or broken.
+    """
+    place = _device(device)
+    model, processor = read(path, dtype)
+    return VLM(model.to(place), processor)
+
+
+class VLM:
+    """A model and its processor, put in evaluation mode. Conversations are in `generate`'s form."""
+
+    def __init__(self, model: VLMModel, processor: VLMProcessor) -> None:
+        self.model = model.eval()
+        self.processor = processor
+
+    # Text about pictures
+
+    def caption(self, images: Any, prompt: str | None = None, **options: Any) -> Any:
+        """Describe a picture (str), or each of a list of pictures (list of str).
+
+        prompt: what to ask for; None asks as in training. options: as in `generate`.
+        """
+        listed = _listed(images)
+        prompt = self.processor.caption_prompt if prompt is None else prompt
+        texts = self.generate([user_turn([image], prompt) for image in listed], **options)
+        return texts if isinstance(images, (list, tuple)) else texts[0]
+
+    def answer(self, images: Any, question: str, **options: Any) -> str:
+        """Answer one question about a picture, or about a list of pictures together. options: as in `generate`.
+
+        Many questions go faster as one `generate([user_turn(images, question), …])`.
+        """
+        return self.generate(user_turn(_listed(images), question), **options)
+
+    def generate(self, messages: Any, *, batch_size: int = 32, **options: Any) -> Any:
+        """Continue a conversation (str), or each of a list of conversations (list of str), `batch_size` at a time.
+
+        A conversation is a list of turns `{"role": "user" | "assistant" | "system", "content": …}`; content is a string
+        or a list of `{"type": "image", "image": …}` and `{"type": "text", "text": …}`.
+        options: the fields of `Decoding` (max_new_tokens, temperature, top_k, top_p, num_beams, seed).
+        """
+        decoding = Decoding(**options)
+        conversations = [messages] if _is_conversation(messages) else list(messages)
+        prompts = [self._prompt(conversation) for conversation in conversations]
+        rows = [pictures_of(conversation) for conversation in conversations]
+        replies: list[str] = []
+        with seeded(decoding.seed):
+            for part in _parts(list(zip(prompts, rows, strict=True)), batch_size):
+                inputs = self._inputs([text for text, _ in part], [images for _, images in part], "left")
+                replies += self._decode(self._continue(inputs, decoding))
+        return replies[0].strip() if _is_conversation(messages) else [reply.strip() for reply in replies]
+
+    def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
+        """The reply that `generate` gives, piece by piece as it is made. Stopping early stops the work.
+
+        options: the fields of `Decoding`; one beam only.
+        """
+        decoding = Decoding(**options)
+        if decoding.num_beams > 1:
+            raise UsageError(f"num_beams is {decoding.num_beams}; only 1 can be streamed, use generate for more")
+        inputs = self._inputs([self._prompt(messages)], [pictures_of(messages)], "left")
+
+        def run(**extra: Any) -> None:
+            with seeded(decoding.seed):
+                self._continue(inputs, decoding, **extra)
+
+        return streamed(self.processor.tokenizer, run)
+
+    def complete(self, prompt: Any, *, batch_size: int = 32, **options: Any) -> Any:
+        """Continue plain text, or each of a list of texts; only what is new is returned. options: as in `generate`."""
+        decoding = Decoding(**options)
+        texts = [self.processor.plain(_filled(text, "prompt")) for text in _listed(prompt)]
+        added: list[str] = []
+        with seeded(decoding.seed):
+            for part in _parts(texts, batch_size):
+                inputs = self._tokens(part, "left", add_special_tokens=True)
+                replies = self._continue(inputs, decoding)
+                # Decoded with the prompt, for a tokenizer may write a word's first space with what stands before it.
+                befores = self._decode(list(inputs["input_ids"]))
+                wholes = self._decode([torch.cat(pair) for pair in zip(inputs["input_ids"], replies, strict=True)])
+                added += [whole[len(before) :] for whole, before in zip(wholes, befores, strict=True)]
+        return added if isinstance(prompt, (list, tuple)) else added[0]
+
+    # Text alone
+
+    @torch.no_grad()
+    def fill_mask(self, text: Any, top_k: int = 5) -> Any:
+        """The `top_k` likeliest (token, probability) for the one `<mask>` of a text, or of each of a list of texts.
+
+        Encoder families predict the mask in its place. Decoder families read both ways and predict it from the position
+        before it (LLM2Vec, BehnamGhader et al. 2024, section 2.2).
+        """
+        ranked = [self._fill_one(one, top_k) for one in _listed(text)]
+        return ranked if isinstance(text, (list, tuple)) else ranked[0]
+
+    @torch.no_grad()
+    def loglikelihood(self, conversations: Sequence[Messages], *, batch_size: int = 32) -> list[tuple[float, int]]:
+        """For each conversation the sum of log p (natural) of what the assistant says, turn ends included, and its tokens.
+
+        Raises UsageError for a conversation without an assistant turn, and for encoder families.
+        """
+        self._check_causal("loglikelihood")
+        results: list[tuple[float, int]] = []
+        for part in _parts(list(conversations), batch_size):
+            encoded = [self.processor.encode_dialogue(conversation) for conversation in part]
+            for ids, _ in encoded:
+                if not ids:
+                    raise UsageError("a conversation has no assistant turn, so nothing to weigh; add the reply to be judged")
+                self._check_length(len(ids))
+            results += self._weigh(encoded, [pictures_of(conversation) for conversation in part])
+        return results
+
+    # One space for pictures and text
+
+    @torch.no_grad()
+    def embed_image(self, images: Any, *, batch_size: int = 64) -> Tensor:
+        """A picture, or a list of N -> (N, D) float32 on the CPU, each row of unit length."""
+        rows = [torch.empty(0, self.model.config.embedding_dim)]
+        for part in _parts(_listed(images), batch_size):
+            pixels = self.processor.pixels(part).to(self.model.device)
+            rows.append(self.model.encode_image(pixels, normalize=False).float().cpu())
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    @torch.no_grad()
+    def embed_text(self, texts: str | Sequence[str], *, batch_size: int = 64) -> Tensor:
+        """A text, or a list of N -> (N, D) float32 on the CPU, each row of unit length."""
+        rows = [torch.empty(0, self.model.config.embedding_dim)]
+        for part in _parts([_filled(text, "text") for text in _listed(texts)], batch_size):
+            encoded = {name: tensor.to(self.model.device) for name, tensor in self.processor.encode_text(part).items()}
+            self._check_length(encoded["input_ids"].shape[1])
+            rows.append(self.model.encode_text(**encoded, normalize=False).float().cpu())
+        return F.normalize(torch.cat(rows), dim=-1)
+
+    def classify(self, images: Any, labels: Sequence[str], template: str = "{}") -> Any:
+        """Label -> probability for a picture, or for each of a list: softmax of scale · cosine (CLIP, Radford et al. 2021).
+
+        template: the sentence that each label is put into, "a photo of {}".
+        """
+        if not labels:
+            raise UsageError("classify got 0 labels; give at least 1")
+        texts = self.embed_text([template.format(label) for label in labels])
+        scale = self.model.logit_scale.detach().float().exp().cpu()
+        probabilities = (scale * self.embed_image(images) @ texts.T).softmax(dim=-1)  # (pictures, labels)
+        named = [dict(zip(labels, row, strict=True)) for row in probabilities.tolist()]
+        return named if isinstance(images, (list, tuple)) else named[0]
+
+    # Beneath
+
+    def _prompt(self, messages: Messages) -> str:
+        if not messages or messages[-1].get("role") == "assistant":
+            raise UsageError("a conversation must end with a user turn that asks something; add one")
+        content = messages[-1]["content"]
+        texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        _filled("".join(texts), "question")
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+
+    def _inputs(self, prompts: Sequence[str], rows: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
+        """Prompts with `<image>` places and the pictures of each. A picture that several rows name is prepared once."""
+        for prompt, images in zip(prompts, rows, strict=True):
+            check_places(prompt, len(images))
+        inputs = self._tokens(prompts, padding_side, add_special_tokens=False)
+        self._add_pictures(inputs, rows)
+        return inputs
+
+    def _tokens(self, texts: Sequence[str], padding_side: str, add_special_tokens: bool) -> BatchFeature:
+        encoded = self.processor.tokenizer(
+            list(texts), return_tensors="pt", padding=True, padding_side=padding_side, add_special_tokens=add_special_tokens
+        )
+        inputs = BatchFeature({name: encoded[name] for name in ("input_ids", "attention_mask")})
+        return inputs.to(self.model.device)
+
+    def _add_pictures(self, inputs: BatchFeature, rows: Sequence[Sequence[Any]]) -> None:
+        """Add pixel_values (distinct pictures, 3, H, W) and image_slots (rows, M)."""
+        keyed = {_key(image): image for images in rows for image in images}
+        if not keyed:
+            return
+        order = {key: index for index, key in enumerate(keyed)}
+        slots = slots_of([len(images) for images in rows])
+        slots[slots >= 0] = torch.tensor([order[_key(image)] for images in rows for image in images])
+        inputs["pixel_values"] = self.processor.pixels(list(keyed.values())).to(self.model.device)
+        inputs["image_slots"] = slots.to(self.model.device)
+
+    def _continue(self, inputs: BatchFeature, decoding: Decoding, **extra: Any) -> list[Tensor]:
+        """The new tokens of each row."""
+        length = inputs["input_ids"].shape[1]
+        config = decoding.config(decoding_defaults(self.processor), self._check_length(length))
+        tokens = self.model.generate(**inputs, generation_config=config, **extra)
+        return list(tokens[:, length:])
+
+    def _decode(self, rows: Sequence[Tensor]) -> list[str]:
+        decode = self.processor.tokenizer.decode
+        return [decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+
+    def _fill_one(self, text: str, top_k: int) -> list[tuple[str, float]]:
+        tokenizer, masked = self.processor.tokenizer, self.model.config.reading == "masked"
+        pieces = text.replace(self.processor.mask_token, MASK).split(MASK)
+        if len(pieces) != 2:
+            raise UsageError(f"the text has {len(pieces) - 1} {MASK} places; fill_mask fills exactly 1")
+        marked = self.processor.mask_token.join(self.processor.plain(piece) for piece in pieces)
+        inputs = self._tokens([marked], "right", add_special_tokens=True)
+        self._check_length(inputs["input_ids"].shape[1])
+        place = int((inputs["input_ids"][0] == self.processor.mask_token_id).nonzero()[0])
+        if not masked and place == 0:
+            raise UsageError("a decoder predicts a mask from the token before it; put a word before <mask>")
+        logits = self.model(**inputs, bidirectional=not masked).logits[0, place if masked else place - 1]
+        probabilities, tokens = logits.float().softmax(dim=-1).topk(min(top_k, len(logits)))
+        words = [tokenizer.decode([token], clean_up_tokenization_spaces=False).strip() for token in tokens.tolist()]
+        return list(zip(words, probabilities.tolist(), strict=True))
+
+    def _weigh(self, encoded: list[tuple[list[int], list[bool]]], rows: list[list[Any]]) -> list[tuple[float, int]]:
+        length = max(len(ids) for ids, _ in encoded)
+        input_ids = torch.full((len(encoded), length), self.processor.tokenizer.pad_token_id)
+        targets = torch.zeros_like(input_ids, dtype=torch.bool)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, (ids, is_target) in enumerate(encoded):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            targets[row, : len(ids)] = torch.tensor(is_target)
+            attention_mask[row, : len(ids)] = 1
+        inputs = BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask}).to(self.model.device)
+        self._add_pictures(inputs, rows)
+        logits = self.model(**inputs).logits[:, :-1].float()  # (B, L - 1, V)
+        wanted = inputs["input_ids"][:, 1:]
+        told = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
+        told = told.cpu().double().masked_fill(~targets[:, 1:], 0.0)
+        return list(zip(told.sum(dim=1).tolist(), targets[:, 1:].sum(dim=1).tolist(), strict=True))
+
+    def _check_causal(self, what: str) -> None:
+        if self.model.config.reading == "masked":
+            family = self.model.config.text_config.model_type
+            raise UsageError(f"language model family {family!r} reads both ways and has no {what}; use a decoder family")
+
+    def _check_length(self, length: int) -> int:
+        """How many positions are left after `length` tokens; UsageError where there is none for the last of them."""
+        text = self.model.config.text_config.get_text_config()
+        limit = getattr(text, "max_position_embeddings", None) or length + 2**20
+        if length >= limit:
+            raise UsageError(f"the text has {length} tokens and the language model takes {limit}; shorten it")
+        return limit - length
+
+
+def user_turn(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
+    """A conversation of one turn: the pictures, then what is asked about them."""
+    pictures = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device {device!r} is unknown; choose auto, cpu, cuda or cuda:INDEX") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {str(device)!r} was asked for and no CUDA GPU is there; choose cpu")
+    return place
+
+
+def _listed(items: Any) -> list[Any]:
+    return list(items) if isinstance(items, (list, tuple)) else [items]
+
+
+def _is_conversation(messages: Any) -> bool:
+    return bool(messages) and isinstance(messages[0], dict)
+
+
+def _key(image: Any) -> Any:
+    """Equal for what is surely the same picture: the same path, or the same object."""
+    return str(image) if isinstance(image, (str, Path)) else id(image)
+
+
+def _filled(text: str, what: str) -> str:
+    if not text.strip():
+        raise UsageError(f"the {what} is empty; write at least one word")
+    return text
+
+
+def _parts(items: list[Item], size: int) -> Iterator[list[Item]]:
+    if size < 1:
+        raise UsageError(f"batch_size is {size}; it must be at least 1")
+    return (items[start : start + size] for start in range(0, len(items), size))
+

@@ -1,0 +1,351 @@
+"""The `vlm` command: turns arguments into one call of a program or a model, and errors into one line.
+
+Knows the commands of the public surface. Knows nothing of how anything is done; every program is imported when it is
+called, so that `vlm --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlm.errors import RunError, UsageError
+
+QUIET: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+app = typer.Typer(help="Train vision-language models, ask them, and score them.", no_args_is_help=True, **QUIET)
+data = typer.Typer(help="Make, convert and inspect shards.", no_args_is_help=True, **QUIET)
+score = typer.Typer(help="The official numbers for a file of predictions.", no_args_is_help=True, **QUIET)
+app.add_typer(data, name="data")
+app.add_typer(score, name="score")
+
+ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder (OUT/model) or a hub id")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:INDEX")]
+MaxNewTokens = Annotated[int, typer.Option(help="longest reply in tokens")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0 samples")]
+TopK = Annotated[int | None, typer.Option(help="sample among the k likeliest tokens")]
+TopP = Annotated[float | None, typer.Option(help="sample among the likeliest tokens that hold p of the probability")]
+Beams = Annotated[int, typer.Option(help="beam search with this many beams")]
+Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
+
+
+# Data
+
+
+@data.command("scenes")
+def data_scenes(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to make: train, val, test, test-compositional")],
+    level: Annotated[str, typer.Option(help="easy (64 pixels, for CPUs) or hard (224 pixels, for GPUs)")] = "easy",
+    train: Annotated[int, typer.Option(help="pictures to learn from")] = 20000,
+    val: Annotated[int, typer.Option(help="pictures for validation")] = 500,
+    test: Annotated[int, typer.Option(help="pictures held out, and as many with unseen pairs")] = 500,
+    seed: Annotated[int, typer.Option(help="other seeds give other pictures")] = 0,
+) -> None:
+    """Generate the built-in image–text set, as shards.
+
+    Example: vlm data scenes runs/scenes --train 20000
+    """
+    from vlm.data_tools.scenes import generate_scenes
+
+    for split, number in generate_scenes(out, level=level, train=train, val=val, test=test, seed=seed).items():
+        print(f"{out / split}: {number} pictures")
+
+
+@data.command("convert")
+def data_convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="what to convert")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of shards to make")],
+    format: Annotated[str, typer.Option(help="jsonl: one object a line, images as relative paths")] = "jsonl",
+    images: Annotated[Path | None, typer.Option(help="folder of the images; default: beside SRC")] = None,
+) -> None:
+    """Convert a data set to shards.
+
+    Example: vlm data convert pairs.jsonl shards/pairs --format jsonl --images pictures
+    """
+    from vlm.data_tools.convert import convert
+
+    print(f"{out}: {convert(source, out, format=format, images=images)} samples")
+
+
+@data.command("inspect")
+def data_inspect(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="folder with index.json, a .tar, or {000..012}.tar")],
+) -> None:
+    """Count and check what is in shards; exit code 1 on a fault.
+
+    Example: vlm data inspect runs/scenes/train
+    """
+    import rich
+
+    from vlm.data_tools.inspect import inspect
+
+    report = inspect(shards)
+    rich.print(report)
+    if report.faults:
+        raise RunError(f"{shards}: {len(report.faults)} faults, the first: {report.faults[0]}")
+
+
+# Training
+
+
+@app.command("train")
+def train_model(
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="a recipe, or the name of a packaged one")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings in its place")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="one process on each of so many GPUs; default: all")] = None,
+    processes: Annotated[int | None, typer.Option(help="so many processes, on CPUs")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in OUT")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="print every setting and stop")] = False,
+) -> None:
+    """Train a model by a recipe; OUT/model is what it leaves.
+
+    Example: vlm train configs/scratch.yaml data.train=SHARDS data.val=SHARDS out=runs/mine stages.0.steps=100
+    """
+    from vlm.train.config import annotated_yaml, load_config
+
+    settings = load_config(config, overrides)
+    if print_config:
+        print(annotated_yaml(settings), end="")
+        return
+    from vlm.train.launch import launch, process_count
+
+    count = process_count(gpus, processes)
+    if count > 1:
+        launch(config, overrides or [], count, resume)
+        return
+    from vlm.train.loop import train
+
+    train(settings, resume=resume)
+
+
+# Evaluation
+
+
+@app.command("eval")
+def eval_model(
+    model: ModelPath,
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="vqa caption retrieval perplexity")],
+    data: Annotated[str, typer.Option(help="shards held out, or a folder of splits with test in it")],
+    out: Annotated[Path | None, typer.Option(help="folder for results.json and samples.jsonl")] = None,
+    limit: Annotated[int | None, typer.Option(help="only the first so many samples")] = None,
+    batch: Annotated[int, typer.Option(help="samples at once")] = 64,
+    blind: Annotated[bool, typer.Option(help="score it again with blank pictures")] = True,
+    shuffled: Annotated[bool, typer.Option(help="score it again with other samples' pictures")] = True,
+) -> None:
+    """Score a model on tasks, and see how much it really looks.
+
+    Example: vlm eval runs/demo/model vqa caption retrieval --data runs/scenes/test --out runs/demo/eval
+    """
+    from vlm.eval.run import evaluate, summary
+
+    results = evaluate(model, tasks, data, out=out, batch=batch, limit=limit, blind=blind, shuffled=shuffled)
+    print(summary(results))
+
+
+@score.command("vqa")
+def score_vqa_file(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help='[{"question_id": …, "answer": …}]')],
+    questions: Annotated[Path, typer.Option(help="the official questions file")],
+    annotations: Annotated[Path, typer.Option(help="the official annotations file")],
+    out: Annotated[Path | None, typer.Option(help="write the numbers to this file too")] = None,
+) -> None:
+    """VQA accuracy as the official script computes it.
+
+    Example: vlm score vqa results.json --questions questions.json --annotations annotations.json
+    """
+    from vlm.eval.score import score_vqa
+
+    print(json.dumps(score_vqa(results, questions=questions, annotations=annotations, out=out), indent=2))
+
+
+@score.command("caption")
+def score_caption_file(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help='[{"image_id": …, "caption": …}]')],
+    annotations: Annotated[Path, typer.Option(help="COCO captions file")],
+    out: Annotated[Path | None, typer.Option(help="write the numbers to this file too")] = None,
+) -> None:
+    """Bleu, ROUGE-L and CIDEr as the COCO caption evaluation computes them.
+
+    Example: vlm score caption results.json --annotations captions.json
+    """
+    from vlm.eval.score import score_caption
+
+    print(json.dumps(score_caption(results, annotations=annotations, out=out), indent=2))
+
+
+@app.command("report")
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="folder of a training run, evaluated")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default: RUN/report.html")] = None,
+) -> None:
+    """Write a run's report: curves, scores, pictures with answers; one file without network.
+
+    Example: vlm report runs/demo
+    """
+    from vlm.eval.report import write_report
+
+    print(write_report(run, out or run / "report.html"))
+
+
+# Talking to a model
+
+
+@app.command("caption")
+def caption(
+    model: ModelPath,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG or WEBP files")],
+    device: Device = "auto",
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_beams: Beams = 1,
+    seed: Seed = None,
+) -> None:
+    """Describe pictures, one line each.
+
+    Example: vlm caption runs/demo/model cat.jpg dog.jpg
+    """
+    import vlm
+
+    options = _decoding(max_new_tokens, temperature, top_k, top_p, num_beams, seed)
+    captions = vlm.load(model, device=device).caption([str(image) for image in images], **options)
+    for image, text in zip(images, captions, strict=True):
+        print(f"{image}: {text}" if len(images) > 1 else text)
+
+
+@app.command("ask")
+def ask(
+    model: ModelPath,
+    rest: Annotated[list[str], typer.Argument(metavar="IMAGE... QUESTION", help="pictures, then one question")],
+    device: Device = "auto",
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_beams: Beams = 1,
+    seed: Seed = None,
+) -> None:
+    """Ask one question about a picture, or about several together.
+
+    Example: vlm ask runs/demo/model cat.jpg "What colour is it?"
+    """
+    *images, question = rest
+    if not images:
+        raise UsageError(f"no picture is given with {question!r}; write vlm ask MODEL IMAGE… QUESTION")
+    import vlm
+
+    options = _decoding(max_new_tokens, temperature, top_k, top_p, num_beams, seed)
+    print(vlm.load(model, device=device).answer(images, question, **options))
+
+
+@app.command("complete")
+def complete(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text to go on from")],
+    device: Device = "auto",
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_beams: Beams = 1,
+    seed: Seed = None,
+) -> None:
+    """Continue a text, without pictures.
+
+    Example: vlm complete runs/demo/model "There is a" --temperature 0.8 --seed 1
+    """
+    import vlm
+
+    options = _decoding(max_new_tokens, temperature, top_k, top_p, num_beams, seed)
+    print(prompt + vlm.load(model, device=device).complete(prompt, **options))
+
+
+@app.command("fill")
+def fill(
+    model: ModelPath,
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="text with one <mask>")],
+    top_k: Annotated[int, typer.Option(help="how many candidates")] = 5,
+    device: Device = "auto",
+) -> None:
+    """Rank what may stand in the place of <mask>.
+
+    Example: vlm fill runs/text/model "The <mask> is shining."
+    """
+    import vlm
+
+    for token, probability in vlm.load(model, device=device).fill_mask(text, top_k=top_k):
+        print(f"{probability:.4f}  {token}")
+
+
+def _decoding(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_beams: int, seed: int | None
+) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_beams": num_beams,
+        "seed": seed,
+    }
+
+
+# The entry
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 1 a failed run, 2 bad usage, 130 interrupted."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code; an error becomes one line on standard error."""
+    try:
+        return app(arguments, prog_name="vlm", standalone_mode=False) or 0
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            return 1
+        return _fail(_disk_trouble(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+    except Exception as error:
+        # Typer's own complaints about arguments; where their classes live depends on typer's version.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            return 2
+        return _fail(_bad_usage(error), 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _disk_trouble(error: OSError) -> str:
+    place = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{place}no space left on the disk; free some and run it again"
+    return f"{place}{error.strerror or error}"
+
+
+def _bad_usage(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "vlm"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+if __name__ == "__main__":
+    main()

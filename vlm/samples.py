@@ -1,0 +1,218 @@
+"""What one sample is: pictures, a caption, questions, a conversation or plain text, under one key.
+
+Knows the names of the parts and the JSON fields of `interface.md`. Knows nothing of tensors, tokenizers, tars or how a
+picture is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vlm.errors import UsageError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+ROLES = ("system", "user", "assistant")
+_IMAGE_PART = re.compile(rf"(?:(\d+)\.)?({'|'.join(IMAGE_EXTENSIONS)})")
+_FIELDS = ("caption", "question", "answer", "answers", "type", "question_id", "qa", "messages", "text")
+
+
+class SampleError(UsageError):
+    """A sample that can not be what it says it is; the message names its key."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about the sample's pictures with everything that people answered to it (at least one answer)."""
+
+    text: str
+    answers: tuple[str, ...]
+    type: str | None = None
+    id: int | None = None
+
+    @property
+    def answer(self) -> str:
+        """The answer given most often; of equally frequent ones the first."""
+        return Counter(self.answers).most_common(1)[0][0]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Everything stored under one key. `images` are encoded files in their order, not decoded pictures."""
+
+    key: str
+    images: tuple[bytes, ...] = ()
+    caption: str | None = None
+    questions: tuple[Question, ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_image_part(extension: str) -> bool:
+    """Whether a part of this name is a picture: `png`, or `0.png` for the first of several."""
+    return _IMAGE_PART.fullmatch(extension.lower()) is not None
+
+
+def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
+    """Make a sample of its files, `{"png": …, "json": …}` or `{"0.jpg": …, "1.jpg": …}`.
+
+    Parts of other names are passed over, never decoded. Raises SampleError for JSON that can not be read, an empty
+    question or answer, a conversation with more image places than images, or a sample that holds nothing.
+    """
+    fields = _json_fields(key, parts)
+    images = tuple(parts[name] for name in sorted(filter(is_image_part, parts), key=_image_order))
+    caption = fields.get("caption")
+    if caption is None and "txt" in parts:
+        caption = _utf8(key, "txt", parts["txt"]).strip()
+    sample = Sample(
+        key=key,
+        images=images,
+        caption=_optional_text(key, "caption", caption),
+        questions=_questions(key, fields),
+        messages=_messages(key, fields.get("messages"), len(images)),
+        text=_optional_text(key, "text", fields.get("text")),
+        extra={name: value for name, value in fields.items() if name not in _FIELDS},
+    )
+    if not (sample.images or sample.caption or sample.questions or sample.messages or sample.text):
+        raise SampleError(f"sample {key}: nothing usable in {sorted(parts)}; give an image, .txt or .json part")
+    return sample
+
+
+def pair_text(sample: Sample) -> str | None:
+    """The text that belongs to the sample's pictures as a whole: its caption, else its first question and answer."""
+    if sample.caption:
+        return sample.caption
+    if sample.questions:
+        return f"{sample.questions[0].text} {sample.questions[0].answer}"
+    return None
+
+
+def conversations(sample: Sample, caption_prompt: str) -> list[tuple[list[dict[str, Any]], Question | None]]:
+    """Every training document of a sample as chat messages, with the question it asks (None for caption and chat).
+
+    The caption answers `caption_prompt`; each question is a document of its own; the sample's messages are one as they
+    stand. A sample of plain text has none.
+    """
+    documents: list[tuple[list[dict[str, Any]], Question | None]] = []
+    if sample.caption and sample.images:
+        documents.append((_exchange(sample, caption_prompt, sample.caption), None))
+    for question in sample.questions:
+        documents.append((_exchange(sample, question.text, question.answer), question))
+    if sample.messages:
+        documents.append((list(sample.messages), None))
+    return documents
+
+
+def _exchange(sample: Sample, prompt: str, reply: str) -> list[dict[str, Any]]:
+    content = [{"type": "image"} for _ in sample.images] + [{"type": "text", "text": prompt}]
+    return [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": reply}]},
+    ]
+
+
+def _image_order(extension: str) -> tuple[int, str]:
+    match = _IMAGE_PART.fullmatch(extension.lower())
+    assert match is not None
+    return int(match[1] or -1), extension
+
+
+def _utf8(key: str, extension: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SampleError(f"sample {key}: .{extension} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def _json_fields(key: str, parts: Mapping[str, bytes]) -> dict[str, Any]:
+    if "json" not in parts:
+        return {}
+    try:
+        fields = json.loads(_utf8(key, "json", parts["json"]))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SampleError(f"sample {key}: .json can not be read ({error}); write one JSON object") from None
+    if not isinstance(fields, dict):
+        raise SampleError(f"sample {key}: .json holds a {type(fields).__name__}; write one JSON object")
+    return fields
+
+
+def _text(key: str, name: str, value: Any) -> str:
+    if isinstance(value, bool | int | float):
+        value = str(value)
+    if not isinstance(value, str):
+        raise SampleError(f"sample {key}: {name} is a {type(value).__name__}; write a string")
+    if not value.strip():
+        raise SampleError(f"sample {key}: {name} is empty; fill it in or drop the field")
+    return value
+
+
+def _optional_text(key: str, name: str, value: Any) -> str | None:
+    """An empty caption or text counts as none: scraped sets are full of them and the rest of the sample is good."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return _text(key, name, value)
+
+
+def _questions(key: str, fields: dict[str, Any]) -> tuple[Question, ...]:
+    entries = fields.get("qa") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SampleError(f'sample {key}: qa is not a list of objects; write [{{"question": …, "answer": …}}]')
+    single = [fields] if fields.get("question") is not None else []
+    return tuple(_question(key, entry) for entry in [*single, *entries])
+
+
+def _question(key: str, entry: dict[str, Any]) -> Question:
+    text = _text(key, "question", entry.get("question"))
+    answers = entry.get("answers")
+    if answers is None:
+        answers = [entry.get("answer")]
+    if not isinstance(answers, list) or not answers:
+        raise SampleError(f"sample {key}: question {text!r} has no answers; write a list of at least one")
+    # The official VQA files give each person's answer as an object.
+    plain = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    identity, kind = entry.get("question_id"), entry.get("type")
+    if identity is not None and type(identity) is not int:
+        raise SampleError(f"sample {key}: question_id {identity!r} is not a whole number; write an integer")
+    return Question(
+        text=text,
+        answers=tuple(_text(key, f"an answer to {text!r}", answer) for answer in plain),
+        type=kind if isinstance(kind, str) else None,
+        id=identity,
+    )
+
+
+def _messages(key: str, messages: Any, images: int) -> tuple[dict[str, Any], ...]:
+    if messages is None:
+        return ()
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise SampleError(f'sample {key}: messages is not a list of objects; write [{{"role": …, "content": …}}]')
+    parsed = tuple(_message(key, message) for message in messages)
+    places = sum(part["type"] == "image" for message in parsed for part in message["content"])
+    if places > images:
+        raise SampleError(f"sample {key}: messages have {places} image places for {images} images; add the images")
+    return parsed
+
+
+def _message(key: str, message: dict[str, Any]) -> dict[str, Any]:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise SampleError(f"sample {key}: role {role!r} in messages; use one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(_is_part(part) for part in content):
+        raise SampleError(
+            f'sample {key}: content of a {role} message; write a list of {{"type": "image"}} and '
+            '{"type": "text", "text": …}'
+        )
+    return {"role": role, "content": [dict(part) for part in content]}
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    return part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str))
