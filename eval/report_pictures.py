@@ -94,7 +94,8 @@ def _truth(line: Fields) -> str:
 
 def _caption(line: Fields) -> str:
     said, truth = escape(str(line.get("prediction")) or "(nothing)"), escape(_truth(line))
-    return f'<div class="told"><div><small>it says</small>{said}</div><div class="truth"><small>a person’s caption</small>{truth}</div></div>'
+    told = f"<div><small>it says</small>{said}</div>"
+    return f'<div class="told">{told}<div class="truth"><small>a person’s caption</small>{truth}</div></div>'
 
 
 def data_uri(data: bytes) -> str:

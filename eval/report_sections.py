@@ -128,7 +128,7 @@ def _other_scores(run: RunRecord) -> str:
         for metric, value in metrics.items():
             if number(value) is not None and metric != "n":
                 others = "".join(
-                    f'<td class="n">{_cell(metrics.get(l, {}).get(metric))}</td>' for l in ("blind", "shuffled")
+                    f'<td class="n">{_cell(metrics.get(look, {}).get(metric))}</td>' for look in ("blind", "shuffled")
                 )
                 label = f"<th>{escape(name)}</th><th>{escape(metric)}</th>"
                 rows.append(

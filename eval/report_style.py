@@ -22,7 +22,8 @@ section > p { max-width: 72ch; color: var(--soft); margin: 0 0 20px; }
 p b, p strong { color: var(--ink); font-weight: 620; }
 code { font: 0.9em ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, monospace; }
 a { color: var(--c0); }
-.kicker { text-transform: uppercase; letter-spacing: 0.12em; font-size: 12px; font-weight: 650; color: var(--c0); margin: 0 0 10px; }
+.kicker { text-transform: uppercase; letter-spacing: 0.12em; font-size: 12px; font-weight: 650;
+  color: var(--c0); margin: 0 0 10px; }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 14px; padding: 20px 22px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin-top: 32px; }
 .tile { display: flex; flex-direction: column; }
@@ -84,7 +85,8 @@ td { padding: 7px 0 7px 16px; font-variant-numeric: tabular-nums; overflow-wrap:
 td.n, th.n { text-align: right; padding: 7px 0 7px 16px; }
 tr + tr > * { border-top: 1px solid var(--rule); }
 .scroll { overflow-x: auto; }
-pre { background: var(--tint); border-radius: 10px; padding: 14px 16px; overflow-x: auto; font-size: 13.5px; line-height: 1.55; margin: 0; }
+pre { background: var(--tint); border-radius: 10px; padding: 14px 16px; overflow-x: auto; font-size: 13.5px;
+  line-height: 1.55; margin: 0; }
 pre + pre { margin-top: 8px; }
 details { margin-top: 14px; } summary { cursor: pointer; color: var(--soft); font-size: 14.5px; }
 details pre { margin-top: 10px; }

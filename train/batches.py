@@ -36,6 +36,10 @@ PATIENCE = 1000
 ENDLESS = 2**62
 
 
+def _no_tokens() -> np.ndarray:
+    return np.empty(0, dtype=np.int64)
+
+
 @dataclass
 class Example:
     """One row: token ids and labels (L,), and whatever else its objective needs."""
@@ -43,9 +47,9 @@ class Example:
     ids: np.ndarray
     labels: np.ndarray
     pixels: Tensor | None = None
-    positions: np.ndarray | None = None
-    documents: np.ndarray | None = None
-    token_image: np.ndarray | None = None
+    positions: np.ndarray = field(default_factory=_no_tokens)
+    documents: np.ndarray = field(default_factory=_no_tokens)
+    token_image: np.ndarray = field(default_factory=_no_tokens)
     types: list[str | None] = field(default_factory=list)
     pair: list[int] | None = None
     faults: list[str] = field(default_factory=list)
@@ -94,7 +98,9 @@ class PairReader(Reader):
         return Example(ids, ids, self.processor.pixels(sample.images[:1]))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return super().collate(examples) | {"pixel_values": torch.cat([example.pixels for example in examples])}
+        return super().collate(examples) | {
+            "pixel_values": torch.cat([one.pixels for one in examples if one.pixels is not None])
+        }
 
 
 class TextReader(Reader):
@@ -224,7 +230,10 @@ class JointReader(Reader):
         """The texts (p, L) of those samples that have one, and the flat number of each one's picture (p,)."""
         first = np.cumsum([0, *counts])
         rows = [row for row, example in enumerate(examples) if example.pair is not None]
-        texts = [np.asarray(examples[row].pair) for row in rows]
+        # Without any, one text that belongs to no picture: see the zero picture above.
+        texts = [np.asarray(examples[row].pair) for row in rows] or [
+            np.asarray([self.processor.tokenizer.eos_token_id])
+        ]
         return {
             "pair_input_ids": padded(texts, self.processor.tokenizer.pad_token_id),
             "pair_attention_mask": padded([np.ones_like(text) for text in texts], 0),

@@ -240,6 +240,9 @@ class Config(_Section):
     )
     zero: NonNegativeInt = Field(0, le=3, description="DeepSpeed ZeRO stage: what is split over the ranks")
     deepspeed: dict[str, Any] | str = Field({}, description='more of DeepSpeed, or a JSON file; "auto" is filled in')
+    attention: Literal["sdpa", "eager"] = Field(
+        "sdpa", description="sdpa: fused kernels; eager: plain matrix products, faster for short rows on CPUs"
+    )
     compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")
     validation: Validation = Field(Validation(), description="scores on data.val while it trains")

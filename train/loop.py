@@ -137,6 +137,7 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     """The engine of a stage, and the weights it freezes as they were, where it holds them in fewer bits."""
     config, stage = run.config, run.config.stages[number]
     ds_config = deepspeed_config(config, stage, dist.get_world_size())
+    model.set_attn_implementation(config.attention)
     objective = OBJECTIVES[stage.objective](model, stage)
     if stage.lora is not None:
         add_lora(model.language_model, **stage.lora.model_dump())
@@ -263,7 +264,7 @@ class Watch:
     def report(self, engine: DeepSpeedEngine, progress: Progress, grad_norm: float, lr: float) -> Progress:
         """The progress after this step, the same on every rank, and its line in the log; a collective call."""
         totals: Counter[str] = Counter()
-        for counted, loss, logs in self.seen:
+        for _, loss, logs in self.seen:
             totals.update({"loss": float(loss)} | {name: float(value) for name, value in logs.items()})
         means = len(self.seen) * dist.get_world_size()
         counts = [sum(counted[name] for counted, _, _ in self.seen) for name in ("samples", "tokens")]

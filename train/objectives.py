@@ -95,7 +95,7 @@ class Joint(Objective):
         """This rank's part: the mean of it over ranks is the mean over the pairs of all ranks."""
         images = self.model.image_pool(states)[batch["pair_images"]]
         texts = self.model.encode_text(batch["pair_input_ids"], batch["pair_attention_mask"], normalize=False)
-        loss, _, mean_pairs = _match(self.model, self.stage, images, texts)
+        loss, _, mean_pairs = _match(self.model, self.stage, images, texts[: len(images)])
         return loss / max(1.0, mean_pairs)
 
 

@@ -105,7 +105,10 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     for group in groups:
         for parameter in group["params"]:
             parameter.use_muon = group["use_muon"]
-        if not group["use_muon"]:
+        if group["use_muon"]:
+            # Five steps in bf16 on the matrix itself; DeepSpeed's default, on its Gram matrix, is fp16 or fp32 work.
+            group["ns_method"] = "standard"
+        else:
             group["betas"] = BETAS
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 

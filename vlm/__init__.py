@@ -6,6 +6,7 @@
 
 After `import vlm`, transformers' Auto classes and `pipeline("image-text-to-text")` find saved models.
 """
+
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from vlm.api import VLM, load

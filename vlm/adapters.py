@@ -22,7 +22,9 @@ class CrossAttention(nn.Module):
     short sequences, the plain products take a third to a fifth of the fused kernel's time.
     """
 
-    def __init__(self, query_width: int, source_width: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool) -> None:
+    def __init__(
+        self, query_width: int, source_width: int, heads: int, kv_heads: int, head_dim: int, qk_norm: bool
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
         self.fused = True
@@ -82,7 +84,9 @@ class GatedCrossAttention(GradientCheckpointingLayer):
     Flamingo (Alayrac et al. 2022), section 3.1.2. A text token that sees no picture passes unchanged, bit for bit.
     """
 
-    def __init__(self, hidden_size: int, attention: CrossAttention, feed_forward: FeedForward | None, gate_init: float) -> None:
+    def __init__(
+        self, hidden_size: int, attention: CrossAttention, feed_forward: FeedForward | None, gate_init: float
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(hidden_size)
         self.attention = attention
@@ -101,6 +105,25 @@ class GatedCrossAttention(GradientCheckpointingLayer):
         return torch.where(sees[..., None], looked, hidden)
 
 
+class ResamplerLayer(nn.Module):
+    """Latents attend to image tokens and to themselves, then pass a feed-forward, each with a residual."""
+
+    def __init__(self, width: int, attention: CrossAttention, feed_forward: FeedForward) -> None:
+        super().__init__()
+        self.source_norm = nn.LayerNorm(width)
+        self.latent_norm = nn.LayerNorm(width)
+        self.attention = attention
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = feed_forward
+
+    def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        """(n, latents, D) and (n, S, D) -> (n, latents, D)."""
+        queries = self.latent_norm(latents)
+        source = torch.cat([self.source_norm(tokens), queries], dim=1)
+        latents = latents + self.attention(queries, self.attention.keys_values(source))
+        return latents + self.feed_forward(self.feed_forward_norm(latents))
+
+
 class PerceiverResampler(nn.Module):
     """Turns S image tokens into a fixed number of latents (Flamingo, section 3.1.1): (n, S, D) -> (n, latents, D)."""
 
@@ -108,27 +131,20 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(latents, width) * 0.02)
         self.layers = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "source_norm": nn.LayerNorm(width),
-                    "latent_norm": nn.LayerNorm(width),
-                    "attention": CrossAttention(width, width, heads, heads, width // heads, qk_norm=False),
-                    "feed_forward_norm": nn.LayerNorm(width),
-                    "feed_forward": FeedForward(width, feed_forward),
-                }
+            ResamplerLayer(
+                width,
+                CrossAttention(width, width, heads, heads, width // heads, qk_norm=False),
+                FeedForward(width, feed_forward),
             )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(n, S, D) -> (n, latents, D). As in Flamingo, latents attend to the tokens and to themselves."""
+        """(n, S, D) -> (n, latents, D)."""
         latents = self.latents.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         for layer in self.layers:
-            queries = layer["latent_norm"](latents)
-            source = torch.cat([layer["source_norm"](tokens), queries], dim=1)
-            latents = latents + layer["attention"](queries, layer["attention"].keys_values(source))
-            latents = latents + layer["feed_forward"](layer["feed_forward_norm"](latents))
+            latents = layer(latents, tokens)
         return self.norm(latents)
 
 

@@ -135,7 +135,9 @@ class VLM:
             encoded = [self.processor.encode_dialogue(conversation) for conversation in part]
             for ids, _ in encoded:
                 if not ids:
-                    raise UsageError("a conversation has no assistant turn, so nothing to weigh; add the reply to be judged")
+                    raise UsageError(
+                        "a conversation has no assistant turn, so nothing to weigh; add the reply to be judged"
+                    )
                 self._check_length(len(ids))
             results += self._weigh(encoded, [pictures_of(conversation) for conversation in part])
         return results
@@ -194,7 +196,11 @@ class VLM:
 
     def _tokens(self, texts: Sequence[str], padding_side: str, add_special_tokens: bool) -> BatchFeature:
         encoded = self.processor.tokenizer(
-            list(texts), return_tensors="pt", padding=True, padding_side=padding_side, add_special_tokens=add_special_tokens
+            list(texts),
+            return_tensors="pt",
+            padding=True,
+            padding_side=padding_side,
+            add_special_tokens=add_special_tokens,
         )
         inputs = BatchFeature({name: encoded[name] for name in ("input_ids", "attention_mask")})
         return inputs.to(self.model.device)
@@ -257,7 +263,9 @@ class VLM:
     def _check_causal(self, what: str) -> None:
         if self.model.config.reading == "masked":
             family = self.model.config.text_config.model_type
-            raise UsageError(f"language model family {family!r} reads both ways and has no {what}; use a decoder family")
+            raise UsageError(
+                f"language model family {family!r} reads both ways and has no {what}; use a decoder family"
+            )
 
     def _check_length(self, length: int) -> int:
         """How many positions are left after `length` tokens; UsageError where there is none for the last of them."""
@@ -309,4 +317,3 @@ def _parts(items: list[Item], size: int) -> Iterator[list[Item]]:
     if size < 1:
         raise UsageError(f"batch_size is {size}; it must be at least 1")
     return (items[start : start + size] for start in range(0, len(items), size))
-

@@ -142,7 +142,8 @@ class VLMConfig(PreTrainedConfig):
 
     @property
     def reading(self) -> str:
-        """"masked" for encoder families (BERT, ModernBERT, …), "causal" for decoder families."""
+        """What the family does: "masked" for encoder families (BERT, ModernBERT, …), "causal" for decoder families."""
         text = self.text_config
+        assert isinstance(text, PreTrainedConfig), "__post_init__ made a configuration of it"
         masked = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(text, "is_decoder", False)
         return "masked" if masked else "causal"

@@ -53,7 +53,11 @@ def attach(layers: nn.ModuleList, chosen: tuple[int, ...], fuse: Callable[[str, 
 
 
 def _enter_layer(
-    fuse: Callable[[str, Tensor, Visual], Tensor], key: str | None, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    fuse: Callable[[str, Tensor, Visual], Tensor],
+    key: str | None,
+    layer: nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]] | None:
     if "visual" not in kwargs:
         return None
@@ -72,7 +76,9 @@ def check_carries_keywords(language_model: PreTrainedModel) -> None:
     layers = decoder_layers(language_model)
     arrived: list[int] = []
 
-    def listen(index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    def listen(
+        index: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
         if "visual" not in kwargs:
             return None
         arrived.append(index)

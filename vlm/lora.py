@@ -14,6 +14,7 @@ import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -45,7 +46,7 @@ def add_lora(
     """
     config = LoraConfig(
         r=r,
-        lora_alpha=2 * r if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_alpha=2 * r if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=_matching(linear_layers(language_model), targets),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in language_model.modules()),
@@ -110,7 +111,7 @@ def base_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_lora(model: nn.Module, folder: str | Path, base: str, trained: Mapping[str, Tensor]) -> None:
+def save_lora(model: Any, folder: str | Path, base: str, trained: Mapping[str, Tensor]) -> None:
     """Write the adapter folder of a composite whose `language_model` has LoRA; it appears whole or not at all.
 
     base: `base_hash` of the model's weights before the training. trained: whatever else was trained, by name.
@@ -130,7 +131,7 @@ def save_lora(model: nn.Module, folder: str | Path, base: str, trained: Mapping[
         (fresh / BASE).write_text(json.dumps({"sha256": base}) + "\n", "utf-8")
 
 
-def load_lora(model: nn.Module, folder: str | Path) -> None:
+def load_lora(model: Any, folder: str | Path) -> None:
     """Put a saved adapter folder onto the composite it was trained from, in place.
 
     Raises UsageError if `model` is another one, or if weights are missing or left over.

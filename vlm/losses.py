@@ -127,7 +127,7 @@ def infonce(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     by_image = scale * images @ all_texts.T  # (n, N)
     by_text = scale * texts @ all_images.T
     loss = F.cross_entropy(by_image, own, reduction="sum") + F.cross_entropy(by_text, own, reduction="sum")
-    return loss / 2, (by_image.argmax(1) == own).sum(), len(all_texts) / ranks()
+    return loss / 2, _own_first(by_image, own), len(all_texts) / ranks()
 
 
 def siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, float]:
@@ -139,4 +139,11 @@ def siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> tuple[
     own = torch.arange(first, first + len(images), device=images.device)
     logits = scale * images @ all_texts.T + bias  # (n, N)
     signs = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
-    return -F.logsigmoid(signs * logits).sum(), (logits.argmax(1) == own).sum(), len(all_texts) / ranks()
+    return -F.logsigmoid(signs * logits).sum(), _own_first(logits, own), len(all_texts) / ranks()
+
+
+def _own_first(logits: Tensor, own: Tensor) -> Tensor:
+    """How many rows of (n, N) have their largest value in column `own`; of a step without pairs, none."""
+    if logits.numel() == 0:
+        return torch.zeros((), dtype=torch.long, device=logits.device)
+    return (logits.argmax(1) == own).sum()

@@ -9,6 +9,7 @@ K key/value heads, d features a head, E embedding size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    vision: VisionTower
+    resampler: PerceiverResampler | None
+    image_pool: AttentionPool
+
     def __init__(
         self, config: VLMConfig, vision: VisionTower | None = None, language_model: PreTrainedModel | None = None
     ) -> None:
@@ -48,7 +53,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         if self.language_model.device.type != "meta":
             check_carries_keywords(self.language_model)
         config.text_config = self.language_model.config
-        adapter, text = config.adapter_config, config.text_config.get_text_config()
+        adapter, text = config.adapter_config, self.language_model.config.get_text_config()
 
         layers = decoder_layers(self.language_model)
         self.adapters = nn.ModuleDict(
@@ -65,7 +70,9 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             else None
         )
         self.resampler = (
-            PerceiverResampler(self.vision.width, adapter.latents, adapter.resampler_depth, heads, 4 * self.vision.width)
+            PerceiverResampler(
+                self.vision.width, adapter.latents, adapter.resampler_depth, heads, 4 * self.vision.width
+            )
             if adapter.latents
             else None
         )
@@ -85,17 +92,17 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
         `from_pretrained` empties buffers that are not saved; timm's modules (rotary and relative positions) refill theirs.
         """
-        if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+        refill = getattr(module, "init_non_persistent_buffers", None)
+        if callable(refill):
+            refill()
 
     # Pictures
 
     def image_states(self, pixel_values: Tensor) -> Tensor:
         """Pixels (n, 3, H, W), normalised -> image tokens (n, S, D) with their positions, resampled where configured."""
         tokens = self.vision(pixel_values.to(self.dtype))
-        if self.image_positions is not None:
-            positions = self.image_positions
-        else:
+        positions: Tensor | None = self.image_positions
+        if positions is None:
             positions = grid_positions(self.vision.grid, self.vision.width, device=tokens.device)
         tokens = tokens + positions.to(tokens.dtype)
         return tokens if self.resampler is None else self.resampler(tokens)
@@ -106,7 +113,8 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         image_states (n, S, D); image_slots (B, M), the flat index of each row's pictures, -1 for an empty slot.
         Returns (B, A, 2, K, M·S, d). An empty slot holds some other picture's values, and no token looks at it.
         """
-        flat = torch.stack([adapter.attention.keys_values(image_states) for adapter in self.adapters.values()], dim=1)
+        adapters: Iterable[Any] = self.adapters.values()
+        flat = torch.stack([adapter.attention.keys_values(image_states) for adapter in adapters], dim=1)
         rows = flat[image_slots.clamp(min=0)]  # (B, M, A, 2, K, S, d)
         return rows.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
 
@@ -196,7 +204,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     @property
     def _first_position(self) -> int:
         """RoBERTa and its kin count positions from after their padding id; the others count from 0."""
-        embeddings = getattr(self.language_model.base_model, "embeddings", None)
+        embeddings: Any = getattr(self.language_model.base_model, "embeddings", None)
         if hasattr(embeddings, "create_position_ids_from_input_ids"):
             return embeddings.padding_idx + 1
         return 0
@@ -240,7 +248,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        input_ids: Tensor | None = None,
+        input_ids: Tensor,
         pixel_values: Tensor | None = None,
         image_slots: Tensor | None = None,
         **kwargs: Any,
@@ -297,12 +305,13 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
     def gates(self) -> dict[str, tuple[float, float]]:
         """tanh(α) of the attention and the feed-forward branch (0.0 where there is none) of each adapter."""
+        adapters: Iterable[tuple[str, Any]] = self.adapters.items()
         return {
             key: (
                 adapter.attention_gate.tanh().item(),
                 adapter.feed_forward_gate.tanh().item() if adapter.feed_forward is not None else 0.0,
             )
-            for key, adapter in self.adapters.items()
+            for key, adapter in adapters
         }
 
 

@@ -179,7 +179,9 @@ class VLMProcessor(ProcessorMixin):
     def encode_text(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Texts for the contrastive space: input_ids and attention_mask (n, L), right-padded, each closed by eos."""
         closed = [self.plain(text) + self.tokenizer.eos_token for text in texts]
-        encoded = self.tokenizer(closed, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        encoded = self.tokenizer(
+            closed, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+        )
         return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
     # Conversations

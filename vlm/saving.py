@@ -69,7 +69,9 @@ def save(
                 decoding_defaults(processor).save_pretrained(fresh)
             (fresh / "README.md").write_text(_model_card(model, folder.name), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write the model to {folder}: {_first_line(error)}; free the disk or choose another place") from error
+        raise RunError(
+            f"cannot write the model to {folder}: {_first_line(error)}; free the disk or choose another place"
+        ) from error
 
 
 def read(source: str | Path, dtype: str | torch.dtype = "auto") -> tuple[VLMModel, VLMProcessor]:
@@ -83,7 +85,9 @@ def read(source: str | Path, dtype: str | torch.dtype = "auto") -> tuple[VLMMode
             model, report = VLMModel.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
             processor = VLMProcessor.from_pretrained(source)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"the model in {source} cannot be read: {_first_line(error)}; save or fetch it again") from error
+        raise UsageError(
+            f"the model in {source} cannot be read: {_first_line(error)}; save or fetch it again"
+        ) from error
     for problem, keys in (("lacks", report["missing_keys"]), ("holds unknown", report["unexpected_keys"])):
         if keys:
             raise UsageError(
@@ -109,7 +113,9 @@ def _check_kind(source: str | Path) -> None:
             f"there is no model folder {source}; give a folder that `vlm train` wrote (OUT/model) or a hub id"
         )
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UsageError(f"{source} holds no config.json, so no model; give a folder that `vlm train` wrote (OUT/model)")
+        raise UsageError(
+            f"{source} holds no config.json, so no model; give a folder that `vlm train` wrote (OUT/model)"
+        )
     try:
         kind = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     except (OSError, ValueError) as error:

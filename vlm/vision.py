@@ -33,6 +33,8 @@ class ConvStem(PatchEmbed):
     (n, 3, H, W) -> (n, N, D). log2(patch_size) convolutions, the channels doubling up to D / 2, then a 1×1 convolution.
     """
 
+    proj: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         steps = int(math.log2(self.patch_size[0]))
@@ -52,6 +54,8 @@ class VisionTower(nn.Module):
 
     trunk: a timm model (`forward_features`) or an open_clip visual tower (`forward_intermediates`).
     """
+
+    trunk: Any
 
     def __init__(self, trunk: nn.Module, width: int, grid: tuple[int, int], preprocess: dict[str, Any]) -> None:
         super().__init__()

@@ -44,7 +44,9 @@ def test_captions_are_the_answer_to_the_caption_prompt(talker, pictures):
     alone = [talker.caption(picture, max_new_tokens=6) for picture in pictures]
     assert talker.caption(pictures, max_new_tokens=6) == alone
     assert alone == [reply(talker, user_turn([p], talker.processor.caption_prompt), 6) for p in pictures]
-    assert talker.caption(pictures[0], prompt="Hm?", max_new_tokens=6) == talker.answer(pictures[0], "Hm?", max_new_tokens=6)
+    assert talker.caption(pictures[0], prompt="Hm?", max_new_tokens=6) == talker.answer(
+        pictures[0], "Hm?", max_new_tokens=6
+    )
     assert talker.caption([]) == []
 
 
@@ -70,7 +72,11 @@ def test_a_batch_of_conversations_equals_each_alone(talker, pictures, batch_size
         user_turn([pictures[0]], "What is it?"),
         user_turn([], "No picture here, just a longer question."),
         user_turn(pictures[1:], "And these?"),
-        [*user_turn([pictures[0]], "Again?"), {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "So?"}],
+        [
+            *user_turn([pictures[0]], "Again?"),
+            {"role": "assistant", "content": "Yes."},
+            {"role": "user", "content": "So?"},
+        ],
     ]
     together = talker.generate(conversations, batch_size=batch_size, max_new_tokens=6)
     assert together == [talker.generate(conversation, max_new_tokens=6) for conversation in conversations]
@@ -102,7 +108,9 @@ def test_a_seed_repeats_a_sample_and_leaves_the_global_state(talker, pictures):
 def test_sampling_follows_the_models_probabilities(talker):
     """2000 samples of one token against softmax(logits / temperature), nothing cut off."""
     prompts = [user_turn([], "Say it.")] * 2000
-    inputs = talker.processor.apply_chat_template(prompts[0], add_generation_prompt=True, tokenize=True, return_dict=True)
+    inputs = talker.processor.apply_chat_template(
+        prompts[0], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
     with torch.no_grad():
         probabilities = (talker.model(**inputs).logits[0, -1] / 0.25).softmax(-1)
     top = probabilities.topk(5).indices
@@ -110,7 +118,9 @@ def test_sampling_follows_the_models_probabilities(talker):
     for index in top.tolist():
         word = talker.processor.tokenizer.decode([index]).strip()
         share = said.count(word) / len(said)
-        same = sum(probabilities[i].item() for i in range(288) if talker.processor.tokenizer.decode([i]).strip() == word)
+        same = sum(
+            probabilities[i].item() for i in range(288) if talker.processor.tokenizer.decode([i]).strip() == word
+        )
         assert share == pytest.approx(same, abs=4 * (same * (1 - same) / 2000) ** 0.5 + 1e-3)
 
 
@@ -156,7 +166,9 @@ def test_completion_returns_what_is_new(talker):
     for prompt in ("Once upon", "a"):
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"]
         out = talker.model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=1, pad_token_id=0)
-        assert talker.complete(prompt, max_new_tokens=6) == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert talker.complete(prompt, max_new_tokens=6) == tokenizer.decode(
+            out[0, ids.shape[1] :], skip_special_tokens=True
+        )
     assert talker.complete(["Once upon", "a"], max_new_tokens=6) == [
         talker.complete(prompt, max_new_tokens=6) for prompt in ("Once upon", "a")
     ]
@@ -183,7 +195,9 @@ def test_loglikelihood_is_the_sum_over_what_the_assistant_says(talker, pictures)
 
 
 @pytest.mark.parametrize("mask", ["<mask>", "[MASK]"])
-def test_masks_are_ranked_in_place_by_encoders_and_from_before_by_decoders(talker, filler, mask, make_model, make_processor, make_tokenizer):
+def test_masks_are_ranked_in_place_by_encoders_and_from_before_by_decoders(
+    talker, filler, mask, make_model, make_processor, make_tokenizer
+):
     for judge, shift in ((filler, 0), (talker, 1)):
         if mask != "<mask>":
             tokenizer = make_tokenizer()
@@ -205,7 +219,10 @@ def test_masks_are_ranked_in_place_by_encoders_and_from_before_by_decoders(talke
 
 def test_embeddings_are_unit_rows_in_order(talker, filler, pictures):
     for judge in (talker, filler):
-        images, texts = judge.embed_image(pictures, batch_size=2), judge.embed_text(["a", "a longer text"], batch_size=1)
+        images, texts = (
+            judge.embed_image(pictures, batch_size=2),
+            judge.embed_text(["a", "a longer text"], batch_size=1),
+        )
         assert images.shape == (3, 16) and texts.shape == (2, 16)
         assert images.dtype == texts.dtype == torch.float32
         torch.testing.assert_close(images.norm(dim=-1), torch.ones(3))
@@ -219,9 +236,11 @@ def test_embeddings_are_unit_rows_in_order(talker, filler, pictures):
 
 def test_classification_is_a_softmax_over_scaled_similarity(talker, pictures):
     labels = ["cat", "dog", "red car"]
-    scores = talker.model.logit_scale.exp().item() * talker.embed_image(pictures) @ talker.embed_text(
-        [f"a photo of {label}" for label in labels]
-    ).T
+    scores = (
+        talker.model.logit_scale.exp().item()
+        * talker.embed_image(pictures)
+        @ talker.embed_text([f"a photo of {label}" for label in labels]).T
+    )
     for row, named in enumerate(talker.classify(pictures, labels, template="a photo of {}")):
         assert list(named) == labels
         assert list(named.values()) == pytest.approx(scores[row].softmax(-1).tolist(), rel=1e-4)
@@ -268,7 +287,10 @@ def refusals(talker, filler, pictures, tmp_path) -> dict[str, tuple]:
         "broken picture": (lambda: talker.caption(broken), "broken.png"),
         "address": (lambda: talker.caption("https://example.org/cat.png"), "cat.png"),
         "no turn": (lambda: talker.generate([[]]), "must end with a user turn"),
-        "nothing asked": (lambda: talker.generate([*ask, {"role": "assistant", "content": "a"}]), "end with a user turn"),
+        "nothing asked": (
+            lambda: talker.generate([*ask, {"role": "assistant", "content": "a"}]),
+            "end with a user turn",
+        ),
         "nothing said": (lambda: talker.loglikelihood([ask]), "no assistant turn"),
         "no labels": (lambda: talker.classify(pictures[0], []), "0 labels"),
         "no mask": (lambda: filler.fill_mask("a"), "0 <mask> places"),

@@ -200,7 +200,8 @@ def test_an_unreachable_hub_id_is_refused_without_a_network(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"device": "abacus"}, "'abacus'"), ({"dtype": "int3"}, "'int3'"), ({"device": "cuda"}, "no CUDA GPU")]
+    ("options", "message"),
+    [({"device": "abacus"}, "'abacus'"), ({"dtype": "int3"}, "'int3'"), ({"device": "cuda"}, "no CUDA GPU")],
 )
 def test_devices_and_dtypes_that_are_not_there_are_refused(options, message, folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

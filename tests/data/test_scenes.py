@@ -144,7 +144,9 @@ def test_easy_pictures_have_one_two_and_three_things_as_announced() -> None:
 
 @LEVELS
 def test_pixels_show_the_colour_at_the_centre(level: Level) -> None:
-    plain = dataclasses.replace(level, textures=("plain",), noise=0.0, gap=0.1, shapes=("circle", "square"), held_out=())
+    plain = dataclasses.replace(
+        level, textures=("plain",), noise=0.0, gap=0.1, shapes=("circle", "square"), held_out=()
+    )
     for index in range(20):
         sample = parse_sample("k", make_sample(plain, "train", 0, index))
         pixels = np.asarray(open_image(sample.images[0])).astype(int)
@@ -290,7 +292,9 @@ def test_bytes_depend_on_the_seed_and_not_on_the_processes(tmp_path: Path) -> No
 
 def test_no_picture_is_in_two_splits(tmp_path: Path) -> None:
     generate_scenes(tmp_path / "s", train=200, val=200, test=200, processes=1)
-    pictures = [sample.images[0] for split in ("train", "val", "test") for sample in Shards.open(tmp_path / "s" / split)]
+    pictures = [
+        sample.images[0] for split in ("train", "val", "test") for sample in Shards.open(tmp_path / "s" / split)
+    ]
     assert len(set(pictures)) == len(pictures) == 600
 
 

@@ -174,7 +174,9 @@ def test_a_saved_dtype_comes_back(make_model, tmp_path, batch):
     model.save_pretrained(tmp_path)
     again = vlm.VLMModel.from_pretrained(tmp_path, dtype="auto").eval()
     saved = model.state_dict()
-    assert all(value.dtype == torch.bfloat16 and torch.equal(value, saved[name]) for name, value in again.state_dict().items())
+    assert all(
+        value.dtype == torch.bfloat16 and torch.equal(value, saved[name]) for name, value in again.state_dict().items()
+    )
     with torch.no_grad():
         assert again(**batch).logits.isfinite().all()
 

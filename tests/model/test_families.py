@@ -54,7 +54,9 @@ def test_a_saved_model_reloads_bit_equal(family, make_model, tmp_path):
     model.save_pretrained(tmp_path)
     again, report = vlm.VLMModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    assert torch.equal(again.eval()(input_ids=ids, pixel_values=pixels).logits, model(input_ids=ids, pixel_values=pixels).logits)
+    assert torch.equal(
+        again.eval()(input_ids=ids, pixel_values=pixels).logits, model(input_ids=ids, pixel_values=pixels).logits
+    )
 
 
 @torch.no_grad()

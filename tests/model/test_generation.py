@@ -40,7 +40,9 @@ def test_pictures_are_encoded_once_and_every_row_keeps_its_own(extra, make_model
     for row in range(3):
         own = pixels[slots[row][slots[row] >= 0]]
         seen = {"pixel_values": own} if len(own) else {}
-        assert torch.equal(model.generate(ids[row][ids[row] != 0][None], **seen, **PLAIN, **extra)[0, -6:], together[row])
+        assert torch.equal(
+            model.generate(ids[row][ids[row] != 0][None], **seen, **PLAIN, **extra)[0, -6:], together[row]
+        )
 
 
 def test_what_is_generated_follows_the_picture_and_leaves_nothing_behind(make_model, prompts, pixels):
@@ -65,9 +67,9 @@ def test_beams_equal_an_exhaustive_search(make_model, pixels):
         rows = torch.cat([ids.expand(288, -1), torch.arange(288)[:, None]], dim=1)
         rows_slots = torch.zeros(288, 1, dtype=torch.long)
         token_image = torch.tensor([[-1, 0, 0, 0, 0]]).expand(288, -1)
-        second = model(
-            input_ids=rows, pixel_values=pixels[:1], image_slots=rows_slots, token_image=token_image
-        ).logits[:, -1]
+        second = model(input_ids=rows, pixel_values=pixels[:1], image_slots=rows_slots, token_image=token_image).logits[
+            :, -1
+        ]
         total = first[:, None] + second.log_softmax(-1)
         total[IMAGE] = total[:, IMAGE] = -torch.inf
     best = divmod(int(total.argmax()), 288)

@@ -159,7 +159,9 @@ def test_contrastive_text_is_right_padded_and_closed(make_processor):
 def test_a_saved_processor_comes_back(make_processor, make_picture, tmp_path):
     processor = make_processor(caption_prompt="Say what you see.")
     processor.save_pretrained(tmp_path)
-    assert {"processor_config.json", "chat_template.jinja", "tokenizer.json"} <= {file.name for file in tmp_path.iterdir()}
+    assert {"processor_config.json", "chat_template.jinja", "tokenizer.json"} <= {
+        file.name for file in tmp_path.iterdir()
+    }
     again = vlm.VLMProcessor.from_pretrained(tmp_path)
     messages = [turn("user", make_picture(), "What <eos>?"), turn("assistant", "so")]
     assert again.encode_dialogue(messages) == processor.encode_dialogue(messages)

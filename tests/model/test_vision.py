@@ -95,7 +95,12 @@ def test_a_timm_folder_gives_its_weights(tmp_path):
     architecture, kwargs, size = TIMM["plain"]
     trunk = timm.create_model(architecture, num_classes=0, img_size=size, **kwargs).eval()
     save_file(trunk.state_dict(), tmp_path / "model.safetensors")
-    saved = {"architecture": architecture, "num_classes": 0, "pretrained_cfg": {}, "model_args": {"img_size": size, **kwargs}}
+    saved = {
+        "architecture": architecture,
+        "num_classes": 0,
+        "pretrained_cfg": {},
+        "model_args": {"img_size": size, **kwargs},
+    }
     (tmp_path / "config.json").write_text(json.dumps(saved))
     tower = build_tower(VisionConfig(f"timm:{architecture}", size, kwargs), pretrained=str(tmp_path)).eval()
     pixels = torch.randn(2, 3, size, size)

@@ -1,9 +1,8 @@
-"""Configs: what they accept, what they refuse and with which words, and what DeepSpeed is told."""
+"""Configs: what they accept, what they refuse and with which words."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 from vlm.configuration import AdapterConfig
 from vlm.errors import UsageError
 from vlm.train.config import Adapter, Config, annotated_yaml, load_config, packaged_configs
-from vlm.train.deepspeed_config import deepspeed_config, micro_batch_size
 
 MINIMAL = """\
 out: runs/x
@@ -192,91 +190,3 @@ def test_every_field_is_documented():
 def test_adapter_section_is_the_models_own():
     theirs = {field.name: field.default for field in dataclasses.fields(AdapterConfig)}
     assert {name: info.default for name, info in Adapter.model_fields.items()} == theirs
-
-
-# DeepSpeed
-
-
-def config_with(yaml_file, *overrides: str) -> Config:
-    return load_config(yaml_file(MINIMAL), list(overrides))
-
-
-def test_deepspeed_numbers(yaml_file):
-    config = config_with(yaml_file, "stages.0.batch=48", "stages.0.micro_batch=4", "zero=2", "precision=fp32")
-    told = deepspeed_config(config, config.stages[0], world_size=3)
-    assert told["train_batch_size"] == 48
-    assert told["train_micro_batch_size_per_gpu"] == 4
-    assert told["gradient_accumulation_steps"] == 4
-    assert told["zero_optimization"]["stage"] == 2
-    assert not told["bf16"]["enabled"] and not told["fp16"]["enabled"] and "torch_autocast" not in told
-    assert told["gradient_clipping"] == 1.0
-    assert "optimizer" not in told and "scheduler" not in told
-
-
-def test_precision(yaml_file):
-    config = config_with(yaml_file)
-    told = deepspeed_config(config, config.stages[0], world_size=1)
-    assert told["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and not told["bf16"]["enabled"]
-    for overrides in (["precision=fp16"], ["deepspeed={bf16: {enabled: true}}"]):
-        config = config_with(yaml_file, *overrides)
-        with pytest.raises(UsageError, match="use zero 1, 2 or 3"):
-            deepspeed_config(config, config.stages[0], world_size=1)
-        config = config_with(yaml_file, *overrides, "zero=1")
-        told = deepspeed_config(config, config.stages[0], world_size=1)
-        assert "torch_autocast" not in told and told["fp16"]["enabled"] != told["bf16"]["enabled"]
-    config = config_with(yaml_file, "deepspeed={bf16: {enabled: false}}")
-    assert deepspeed_config(config, config.stages[0], world_size=1)["torch_autocast"]["enabled"]
-
-
-def test_batch_that_does_not_divide(yaml_file):
-    config = config_with(yaml_file, "stages.0.batch=50", "stages.0.micro_batch=10")
-    with pytest.raises(UsageError, match="over 3 processes × micro_batch 10 = 30; use batch 30 or 60"):
-        micro_batch_size(config.stages[0], 3)
-    with pytest.raises(UsageError, match="use batch 16"):
-        micro_batch_size(config_with(yaml_file, "stages.0.batch=8").stages[0], 16)
-
-
-def test_auto_is_filled_or_left_to_deepspeed(yaml_file, tmp_path):
-    given = {
-        "train_batch_size": "auto",
-        "gradient_accumulation_steps": "auto",
-        "bf16": {"enabled": "auto"},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.05, "betas": "auto"}},
-        "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto", "overlap_comm": True},
-    }
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps(given), encoding="utf-8")
-    config = config_with(yaml_file, f"deepspeed={file}", "zero=1", "stages.0.lr=0.25")
-    told = deepspeed_config(config, config.stages[0], world_size=2)
-    assert (told["train_batch_size"], told["gradient_accumulation_steps"]) == (8, 1)
-    assert told["optimizer"] == {"type": "AdamW", "params": {"lr": 0.25, "weight_decay": 0.05}}
-    assert told["zero_optimization"] == {"stage": 1, "overlap_comm": True}
-    assert told["bf16"] == {"enabled": True} and "torch_autocast" not in told
-
-
-def test_a_mismatch_lists_both_values(yaml_file):
-    config = config_with(yaml_file, "deepspeed.zero_optimization.stage=3", "zero=1")
-    with pytest.raises(UsageError, match="zero_optimization.stage is 3, and zero of the contrastive stage is 1"):
-        deepspeed_config(config, config.stages[0], world_size=1)
-    config = config_with(yaml_file, "deepspeed={train_micro_batch_size_per_gpu: 2}")
-    with pytest.raises(UsageError, match="_batch_size_per_gpu is 2, and micro_batch of the joint stage is 4"):
-        deepspeed_config(config, config.stages[1], world_size=1)
-
-
-def test_deepspeed_file_faults(yaml_file, tmp_path):
-    for text, words in (("{", "not valid JSON"), ("[1]", "holds a list"), (None, "cannot be read")):
-        file = tmp_path / "ds.json"
-        file.unlink(missing_ok=True)
-        if text is not None:
-            file.write_text(text, encoding="utf-8")
-        config = config_with(yaml_file, f"deepspeed={file}")
-        with pytest.raises(UsageError, match=words):
-            deepspeed_config(config, config.stages[0], world_size=1)
-
-
-def test_deepspeed_takes_the_result(yaml_file):
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    config = config_with(yaml_file, "zero=2", "deepspeed={zero_optimization: {overlap_comm: false}}")
-    parsed = DeepSpeedConfig(deepspeed_config(config, config.stages[0], world_size=1))
-    assert (parsed.train_batch_size, parsed.zero_config.stage, parsed.bfloat16_config.enabled) == (8, 2, False)
