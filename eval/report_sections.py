@@ -289,6 +289,7 @@ def effort(run: RunRecord) -> str:
     rows += [("most memory in training", f"{max(trained):.2f} GiB")] if trained else []
     scored = number(run.environment().get("peak_memory_gib"))
     rows += [("most memory in evaluation", f"{scored:.2f} GiB")] if scored else []
+    rows += [("training processes", str(run.told("processes")[-1]))] if run.told("processes") else []
     rows += _machine(run.environment() or next(iter(run.told("environment")), {}))
     table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(value))}</td></tr>" for name, value in rows)
     lead = "Where the time went, and on what. The training time is that of the steps themselves, without validation and saving."

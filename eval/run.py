@@ -23,10 +23,10 @@ from rich.progress import track
 from vlm.api import load
 from vlm.errors import UsageError
 from vlm.files import atomic_write
+from vlm.machine import environment, peak_memory_gib
 from vlm.shards import INDEX, Shards
 
 from . import pictures
-from .machine import environment, peak_memory_gib
 from .tasks import TASKS, Item, Scored, Task
 
 MAIN, MORE = "test", "test-*"

@@ -29,13 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--deepspeed", action="store_true", help="accepted for the sake of habit; it is always on")
     parser.add_argument("--deepspeed_config", metavar="JSON", help="the same as deepspeed=JSON")
-    parser.add_argument("--launched", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--launched", metavar="COMMAND", help=argparse.SUPPRESS)  # what was typed to start the ranks
     given = parser.parse_intermixed_args(arguments)
     if given.deepspeed_config:
         given.overrides.append(f"deepspeed={given.deepspeed_config}")
     handler = get_error_handler()
     try:
-        train(load_config(given.config, given.overrides), resume=given.resume)
+        train(load_config(given.config, given.overrides), resume=given.resume, command=given.launched)
     except (UsageError, RunError) as error:
         handler.record_exception(error)
         if not given.launched:

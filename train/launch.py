@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from vlm.errors import RunError, UsageError
+from vlm.machine import command_line
 
 
 def process_count(gpus: int | None, processes: int | None) -> int:
@@ -40,7 +41,7 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
 
     Raises the first failure of a rank as UsageError or RunError, with the rank's own words.
     """
-    command = ["-m", "vlm.train", "--launched", "--config", config, *(["--resume"] if resume else []), *overrides]
+    arguments = ["--launched", command_line(), "--config", config, *(["--resume"] if resume else []), *overrides]
     # The launcher passes its own environment on; without this every rank would start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     for name in ("multiprocessing.api", "agent.server.api"):
@@ -58,7 +59,7 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(plan, sys.executable)(*command)
+            elastic_launch(plan, sys.executable)("-m", "vlm.train", *arguments)
         except ChildFailedError as error:
             raise first_failure(error.failures) from None
         except SignalException as error:

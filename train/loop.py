@@ -27,6 +27,7 @@ from torch import distributed as dist
 from vlm.errors import RunError, UsageError
 from vlm.files import atomic_write
 from vlm.lora import add_lora, base_hash
+from vlm.machine import environment, peak_memory_gib
 from vlm.model import VLMModel
 from vlm.processing import VLMProcessor
 from vlm.saving import save
@@ -40,8 +41,8 @@ from .deepspeed_config import deepspeed_config, micro_batch_size
 from .log import RunLog
 from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates
-from .order import Order
-from .ranks import is_main, join, sums
+from .order import BLOCK, Order
+from .ranks import is_main, join, joined, sums
 from .summary import training_table
 from .validation import validate
 
@@ -61,10 +62,11 @@ class Run:
     val: Shards | None
 
 
-def train(config: Config, resume: bool = False) -> Path:
+def train(config: Config, resume: bool = False, command: str | None = None) -> Path:
     """Train what `config` says and return the folder of the model, OUT/model.
 
-    resume: go on from the newest checkpoint in OUT; else what an earlier run left there is forgotten. Called on every rank.
+    resume: go on from the newest checkpoint in OUT; else what an earlier run left there is forgotten. command: what was
+    typed, for the log; None: this process's own command. Called on every rank.
     Raises UsageError for what cannot be trained, before the first step, and RunError for a run that failed.
     """
     join()
@@ -88,6 +90,8 @@ def train(config: Config, resume: bool = False) -> Path:
         if is_main():
             with atomic_write(out / "config.yaml", "w") as file:
                 file.write(annotated_yaml(config))
+        told = environment()
+        log.event("started", command=command or told["command"], processes=dist.get_world_size(), environment=told)
         if resume:
             log.event("resumed", stage=progress.stage, step=progress.step)
         while progress.stage < len(config.stages):
@@ -130,6 +134,8 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
         if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
             run.log.event("validation", **position(progress), **validate(engine, held_out))
         watch.restart()
+    (memory,) = sums([peak_memory_gib()], engine.device)
+    run.log.event("trained", peak_memory_gib=memory, **position(progress))
     leave(run, engine, frozen, progress, base)
 
 
@@ -194,10 +200,13 @@ def reader(run: Run, model: VLMModel, stage: Stage) -> Any:
 
 
 def _check_data(run: Run, model: VLMModel) -> None:
-    """Raise UsageError now where a stage would find nothing to train on later."""
+    """Raise UsageError now where a stage would later find nothing to train on in one of its sources."""
     for number in range(len(run.config.stages)):
+        data = micro_batches(run, model, number)
+        first_of_source = {data.order.at(position)[0]: position for position in reversed(range(BLOCK))}
         try:
-            micro_batches(run, model, number).example(0, [])
+            for first in sorted(first_of_source.values()):
+                data.example(first, [])
         except UsageError as error:
             raise UsageError(f"stages.{number}: {error}") from None
 
@@ -268,8 +277,10 @@ class Watch:
             totals.update({"loss": float(loss)} | {name: float(value) for name, value in logs.items()})
         means = len(self.seen) * dist.get_world_size()
         counts = [sum(counted[name] for counted, _, _ in self.seen) for name in ("samples", "tokens")]
+        skipped = {pair for counted, _, _ in self.seen for pair in counted["skipped"]} - self.passed_over
         seconds = time.perf_counter() - self.started if is_main() else 0.0
-        *values, samples, tokens, seconds = sums([*totals.values(), *counts, seconds], engine.device)
+        own = [*totals.values(), *counts, len(skipped), seconds]
+        *values, samples, tokens, anything_skipped, seconds = sums(own, engine.device)
         logged = {name: value / means for name, value in zip(totals, values, strict=True)}
         progress = replace(
             progress,
@@ -278,7 +289,8 @@ class Watch:
             samples=progress.samples + int(samples),
             tokens=progress.tokens + int(tokens),
         )
-        self._tell_skipped_samples(progress)
+        if anything_skipped:
+            self._tell_skipped_samples(joined(sorted(skipped)), progress)
         self._check_finite(progress, logged["loss"], grad_norm)
         self.run.log.step(
             progress=progress.share(self.run.config.stages[progress.stage]),
@@ -293,12 +305,11 @@ class Watch:
         )
         return progress
 
-    def _tell_skipped_samples(self, progress: Progress) -> None:
-        for counted, _, _ in self.seen:
-            for key, reason in counted["skipped"]:
-                if (key, reason) not in self.passed_over:
-                    self.passed_over.add((key, reason))
-                    self.run.log.event("skipped_sample", key=key, reason=reason, **position(progress))
+    def _tell_skipped_samples(self, skipped: list[tuple[str, str]], progress: Progress) -> None:
+        """One event for each sample and reason, whichever rank met it, and however often."""
+        for key, reason in dict.fromkeys(skipped):
+            self.run.log.event("skipped_sample", key=key, reason=reason, **position(progress))
+        self.passed_over.update(skipped)
 
     def _check_finite(self, progress: Progress, loss: float, grad_norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(grad_norm):

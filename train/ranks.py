@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -60,6 +61,13 @@ def sums(values: list[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def joined(own: list[Any]) -> list[Any]:
+    """The lists of all ranks, one after the other."""
+    gathered: list[list[Any]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return [item for rank in gathered for item in rank]
 
 
 def merged(counts: Counter[str]) -> Counter[str]:

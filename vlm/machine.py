@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 def command_line() -> str:
     """This process's command as one would type it again."""
     program = Path(sys.argv[0]).name
-    start = ["python", "-m", "vlm.eval"] if program == "__main__.py" else [program]
+    start = ["python", "-m", "vlm.train"] if program == "__main__.py" else [program]
     return shlex.join([*start, *sys.argv[1:]])
 
 

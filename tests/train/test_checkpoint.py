@@ -1,0 +1,173 @@
+"""Checkpoints: a resumed run is the straight one bit by bit; what is missing or broken is told in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlm.errors import UsageError
+from vlm.train.config import annotated_yaml
+from vlm.train.loop import train
+
+CLOCK = ("seconds", "samples_per_second")
+STAGES = (
+    {"objective": "contrastive", "steps": 3, "batch": 4, "micro_batch": 2},
+    {"objective": "joint", "steps": 4, "batch": 4, "micro_batch": 2, "lora": {"r": 2, "dropout": 0.3}},
+)
+
+
+@pytest.fixture(scope="module")
+def dropping(save_model, make_text_config, tmp_path_factory) -> dict:
+    """A saved model whose language model drops out."""
+    assert make_text_config("gpt2").resid_pdrop > 0
+    return {"path": save_model(tmp_path_factory.mktemp("dropping") / "model", "gpt2", gate_init=0.5)}
+
+
+def go_on_from(out: Path, copy: Path, state: str) -> None:
+    """A copy of a run as if it had stopped after writing `state`."""
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "model")
+    (copy / "checkpoints" / "latest").write_text(state + "\n")
+
+
+def told(lines: list[dict]) -> list[dict]:
+    """The steps' lines without the clock."""
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines if "event" not in line]
+
+
+def assert_the_same(resumed, straight) -> int:
+    """Lines since the resumption and weights are those of the straight run; how many steps that were."""
+    (event,) = resumed.events("resumed")
+    since = told(resumed.lines[resumed.lines.index(event) :])
+    assert since == told(straight.lines)[-len(since) :]
+    weights = straight.weights()
+    assert all(torch.equal(weights[name], value) for name, value in resumed.weights().items())
+    return len(since)
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "workers"), [(0, "fp32", 0), (0, "bf16", 2), (2, "fp32", 1), (2, "bf16", 0), (3, "fp32", 0)]
+)
+def test_a_resumed_run_is_the_straight_one(run, tmp_path, dropping, zero, precision, workers):
+    settings = {
+        "zero": zero,
+        "precision": precision,
+        "model": dropping,
+        "data": {"workers": workers},
+        "checkpoint": {"every": 1, "keep": 9},
+    }
+    straight = run(*STAGES, **settings)
+    assert len(straight.steps) == 7
+    for state, left in (("stage0-step2", 5), ("stage1-start", 4), ("stage1-step3", 1)):
+        go_on_from(straight.out, tmp_path / state, state)
+        assert assert_the_same(run(*STAGES, **settings, into=state, resume=True), straight) == left
+
+
+def test_a_killed_run_goes_on_where_it_was(run, make_config, tmp_path, dropping):
+    stage = {"objective": "joint", "steps": 40}
+    settings = {"model": dropping, "checkpoint": {"every": 2}, "data": {"workers": 1}}
+    straight = run(stage, **settings)
+    killed = tmp_path / "killed"
+    file = tmp_path / "run.yaml"
+    file.write_text(annotated_yaml(make_config(killed, stage, **settings)))
+    process = subprocess.Popen([sys.executable, "-m", "vlm.train", "--config", str(file)], stdout=subprocess.DEVNULL)
+    latest = killed / "checkpoints" / "latest"
+    while process.poll() is None and not (latest.exists() and latest.read_text() != "stage0-step2\n"):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (killed / "model").exists()
+    resumed = run(stage, **settings, into="killed", resume=True)
+    assert 0 < assert_the_same(resumed, straight) <= 36
+
+
+def test_only_the_newest_states_stay(run):
+    left = run({"objective": "clm", "steps": 7}, checkpoint={"every": 2, "keep": 2})
+    folders = {path.name for path in (left.out / "checkpoints").iterdir()}
+    assert folders == {"latest", "stage0-step4", "stage0-step6", "finished"}
+    assert [event["step"] for event in left.events("checkpoint")] == [2, 4, 6]
+
+
+def test_a_fresh_start_forgets_an_earlier_run(run):
+    stage = {"objective": "clm", "steps": 5}
+    first = run(stage, {"objective": "clm"}, checkpoint={"every": 2})
+    again = run(stage, checkpoint={"every": 4})
+    assert first.out == again.out
+    assert {path.name for path in (again.out / "checkpoints").iterdir()} == {"latest", "stage0-step4", "finished"}
+    assert [line["step"] for line in again.steps] == [1, 2, 3, 4, 5] and not again.events("resumed")
+
+
+# What cannot be resumed
+
+
+@pytest.fixture
+def stopped(run, make_config, tmp_path):
+    """A run that can be resumed from its step 4, and its config."""
+    stage = {"objective": "clm", "steps": 6}
+    left = run(stage, checkpoint={"every": 2})
+    (left.out / "checkpoints" / "latest").write_text("stage0-step4\n")
+    return left.out, make_config(left.out, stage, checkpoint={"every": 2})
+
+
+def fault_of(config) -> str:
+    with pytest.raises(UsageError) as caught:
+        train(config, resume=True)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_to_resume(make_config, tmp_path):
+    text = fault_of(make_config(tmp_path / "never", {"objective": "clm"}))
+    assert f"there is no {tmp_path}/never/checkpoints/latest to resume from; start without --resume" in text
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_finished_run_has_nothing_left(run, make_config, tmp_path):
+    left = run({"objective": "clm"})
+    text = fault_of(make_config(left.out, {"objective": "clm"}))
+    assert f"the run in {left.out} is complete; its model is {left.out}/model" in text
+
+
+def test_a_state_that_is_not_whole(stopped):
+    out, config = stopped
+    (out / "checkpoints" / "stage0-step4" / "progress.json").unlink()
+    text = fault_of(config)
+    assert "latest names stage0-step4, which is not whole; write one of these into it: finished, stage0-step2" in text
+
+
+@pytest.mark.parametrize("words", ["", "gibberish", "{}", '{"stage": 0, "ranks": 1, "files": {}, "extra": 1}'])
+def test_progress_that_says_nothing(stopped, words):
+    out, config = stopped
+    (out / "checkpoints" / "stage0-step4" / "progress.json").write_text(words)
+    assert "names stage0-step4, which is not whole" in fault_of(config)
+
+
+def test_a_file_that_was_cut_or_lost(stopped):
+    out, config = stopped
+    state = next((out / "checkpoints" / "stage0-step4" / "state").iterdir())
+    size = state.stat().st_size
+    with open(state, "r+b") as file:
+        file.truncate(size - 1)
+    assert f"{state} has {size - 1} bytes and should have {size}; write an older one into" in fault_of(config)
+    state.unlink()
+    assert f"{state} has None bytes and should have {size}" in fault_of(config)
+    (out / "checkpoints" / "latest").write_text("stage0-step2\n")
+    train(config, resume=True)
+    assert (out / "model" / "model.safetensors").is_file(), "the mend mends"
+
+
+def test_a_half_written_state_is_never_named(stopped):
+    """What a run leaves that dies while it writes: a hidden folder, cleared away when that state is written again."""
+    out, config = stopped
+    half = out / "checkpoints" / ".stage0-step6.new"
+    (half / "state").mkdir(parents=True)
+    (half / "state" / "rubbish").write_text("x")
+    train(config, resume=True)
+    assert json.loads((out / "checkpoints" / "finished" / "progress.json").read_text())["stage"] == 1
