@@ -183,7 +183,7 @@ class Stage(_Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes on after that")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw; muon for the matrices, adamw for the rest")
     weight_decay: NonNegativeFloat = Field(0.05, description="on matrices only")
-    clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0: no limit")
+    clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0, and with muon: no limit")
     train: list[str] = Field(["*"], description="patterns of the parameter names that train")
     freeze: list[str] = Field([], description="patterns of those that do not, whatever train says")
     lora: Lora | None = Field(None, description="low-rank updates of frozen linear layers, e.g. {r: 8}")

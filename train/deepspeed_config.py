@@ -88,9 +88,14 @@ def _precision(config: Config, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rest(config: Config, stage: Stage) -> dict[str, Any]:
+    muon = stage.optimizer == "muon"
+    # DeepSpeed's Muon wants whole gradients, which ZeRO-3 would scatter as it sums them.
+    whole_gradients = {"reduce_scatter": False} if muon and config.zero == 3 else {}
     return {
-        "gradient_clipping": stage.clip,
-        "zero_optimization": {"stage": config.zero},
+        # Under ZeRO, Muon's updates stand in the gradients' place before these are clipped: each matrix adds the norm of an
+        # orthogonal one, and a limit of 1 would shrink them all by as much.
+        "gradient_clipping": 0.0 if muon else stage.clip,
+        "zero_optimization": {"stage": config.zero, **whole_gradients},
         # Filled in where the user writes a section with "auto", never added.
         "optimizer": {"params": {"lr": stage.lr, "weight_decay": stage.weight_decay}},
     }
@@ -103,6 +108,7 @@ NAMES = {
     "gradient_accumulation_steps": "batch / (processes × micro_batch)",
     "gradient_clipping": "clip",
     "zero_optimization.stage": "zero",
+    "zero_optimization.reduce_scatter": "optimizer muon with zero 3",
     "bf16.enabled": "precision bf16",
     "fp16.enabled": "precision fp16",
     "torch_autocast.enabled": "precision bf16",

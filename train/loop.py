@@ -21,6 +21,7 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
@@ -76,6 +77,9 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     val_data = Shards.open(config.data.val) if config.data.val is not None else None
     for stage in config.stages:
         micro_batch_size(stage, dist.get_world_size())
+    if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        device = get_accelerator().device_name()
+        raise UsageError(f"precision fp16 does not work on {device}; use bf16, or fp32")
     if resume:
         progress, folder = checkpoints.latest()
     else:
@@ -146,12 +150,16 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     model.set_attn_implementation(config.attention)
     objective = OBJECTIVES[stage.objective](model, stage)
     if stage.lora is not None:
-        add_lora(model.language_model, **stage.lora.model_dump())
+        with torch.random.fork_rng(devices=[]):
+            # The updates are born random: the same on every rank, and in a run that begins again with this stage.
+            torch.manual_seed(seed_of(config.seed, Progress(number), rank=0))
+            add_lora(model.language_model, **stage.lora.model_dump())
     choose_trainable(objective, stage)
     run.log.say(f"stage {number}: {stage.objective}\n{training_table(model, stage)}")
     frozen: dict[str, Tensor] = {}
     if is_main() and (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]):
-        frozen = {name: value.detach() for name, value in model.named_parameters() if not value.requires_grad}
+        every = model.named_parameters(remove_duplicate=False)  # a tied weight is asked for by both its names
+        frozen = {name: value.detach() for name, value in every if not value.requires_grad}
     objective.train()
     engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(model, stage), config=ds_config)
     if config.compile:
@@ -234,6 +242,8 @@ def mean_over_step(engine: DeepSpeedEngine, batches: list[Batch]) -> float:
 def take_step(engine: DeepSpeedEngine) -> float:
     """`engine.step()`; returns the norm of the gradient before clipping where that updates the weights, else 0.
 
+    With Muon under ZeRO it is the norm of Muon's updates and of the other gradients together.
+
     A gradient that is not finite changes no weight. ZeRO sees to both itself; without it nobody does.
     """
     if not engine.is_gradient_accumulation_boundary():
@@ -245,8 +255,9 @@ def take_step(engine: DeepSpeedEngine) -> float:
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if not math.isfinite(norm):
+        # Zeros, not None: DeepSpeed's clipping fails where no gradient is left at all.
+        torch._foreach_zero_(gradients)
         set_rates(engine.optimizer, 0.0)
-        engine.zero_grad()
     engine.step()
     return norm
 

@@ -23,6 +23,7 @@ from vlm.errors import UsageError
 def join() -> None:
     """Join the ranks that torchrun, deepspeed or `vlm train` started, or be the only one. Calling it again does nothing."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which a CPU has not
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer is used in forked data workers
     if dist.is_initialized():
         return

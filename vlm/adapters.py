@@ -14,6 +14,15 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of each head, (…, d) -> (…, d), in the precision of what comes in: autocast leaves the weight in float32, for
+    which PyTorch has no fused kernel."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(…, d) -> (…, d)."""
+        return F.rms_norm(hidden, self.normalized_shape, self.weight.to(hidden.dtype), self.eps)
+
+
 class CrossAttention(nn.Module):
     """softmax(Q Kᵀ / √d) V with queries from one sequence and keys and values from another (Vaswani et al. 2017, eq. 1).
 
@@ -32,8 +41,8 @@ class CrossAttention(nn.Module):
         self.k_proj = nn.Linear(source_width, kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(source_width, kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(heads * head_dim, query_width, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
 
     def keys_values(self, source: Tensor) -> Tensor:
         """(B, S, source width) -> (B, 2, K, S, d): keys, then values."""

@@ -92,10 +92,10 @@ def test_a_resampler_brings_any_number_of_tokens_to_its_latents():
     torch.testing.assert_close(resampler(tokens[1:2]), result[1:2])
     layer = resampler.layers[0]
     latents = resampler.latents.expand(3, -1, -1)
-    queries = layer["latent_norm"](latents)
-    source = torch.cat([layer["source_norm"](tokens), queries], dim=1)
-    after = latents + formula(layer["attention"], queries, source, None)
-    after = after + layer["feed_forward"](layer["feed_forward_norm"](after))
+    queries = layer.latent_norm(latents)
+    source = torch.cat([layer.source_norm(tokens), queries], dim=1)
+    after = latents + formula(layer.attention, queries, source, None)
+    after = after + layer.feed_forward(layer.feed_forward_norm(after))
     resampler.layers = resampler.layers[:1]
     torch.testing.assert_close(resampler(tokens), resampler.norm(after), atol=1e-12, rtol=1e-10)
 

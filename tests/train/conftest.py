@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from vlm.saving import save
+from vlm.saving import read, save
 from vlm.shards import ShardWriter
 from vlm.train.config import Config
 from vlm.train.loop import train
@@ -103,7 +102,7 @@ class Outcome:
 
     def weights(self) -> dict:
         """The weights of the trained model."""
-        return load_file(self.out / "model" / "model.safetensors")
+        return read(self.out / "model")[0].state_dict()
 
 
 @pytest.fixture(scope="session")

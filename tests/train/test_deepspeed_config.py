@@ -145,3 +145,16 @@ def test_what_is_given_is_not_changed(config_with):
     config = config_with("deepspeed={zero_optimization: {stage: auto}}", "zero=1")
     deepspeed_config(config, config.stages[0], world_size=1)
     assert config.deepspeed == {"zero_optimization": {"stage": "auto"}}
+
+
+def test_muon_under_zero_3_gets_whole_gradients(config_with):
+    for zero, optimizer, expected in ((3, "muon", False), (2, "muon", None), (3, "adamw", None)):
+        config = config_with(f"zero={zero}", f"stages.0.optimizer={optimizer}")
+        told = deepspeed_config(config, config.stages[0], world_size=1)
+        assert told["zero_optimization"].get("reduce_scatter") is expected
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_muons_updates_are_not_clipped(config_with, zero):
+    config = config_with(f"zero={zero}", "stages.0.optimizer=muon", "stages.0.clip=1.0")
+    assert deepspeed_config(config, config.stages[0], world_size=1)["gradient_clipping"] == 0.0

@@ -1,0 +1,353 @@
+"""Whole runs in one process: what they log, what they leave, what they refuse, for every objective."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlm.errors import RunError, UsageError
+from vlm.lora import load_lora, merge_lora
+from vlm.saving import read, save
+from vlm.shards import Shards
+from vlm.train.batches import READERS, MicroBatches
+from vlm.train.config import load_config
+from vlm.train.objectives import OBJECTIVES
+from vlm.train.optimization import rate
+from vlm.train.order import Order
+
+
+def same(one: dict, other: dict, **close) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.allclose(one[name], other[name], **close, equal_nan=True) for name in one)
+
+
+def equal(one: dict, other: dict) -> bool:
+    return same(one, other, rtol=0.0, atol=0.0)
+
+
+def weights_of(folder) -> dict:
+    return read(folder)[0].state_dict()
+
+
+# The log
+
+
+def test_a_line_for_every_step(run, make_config):
+    stage = {"objective": "joint", "steps": 5, "micro_batch": 2, "warmup": 0.5, "lr": 0.01}
+    left = run(stage)
+    assert [list(line)[:8] for line in left.steps] == [
+        ["stage", "step", "loss", "lr", "grad_norm", "samples", "tokens", "samples_per_second"]
+    ] * 5
+    assert [(line["stage"], line["step"], line["samples"]) for line in left.steps] == [
+        (0, n, 4 * n) for n in range(1, 6)
+    ]
+    tokens = [line["tokens"] for line in left.steps]
+    assert tokens[0] > 0 and all(np.diff(tokens) > 0)
+    settings = make_config(left.out, stage).stages[0]
+    assert [line["lr"] for line in left.steps] == pytest.approx([rate(settings, n / 10) for n in (1, 3, 5, 7, 9)])
+    assert all(line["grad_norm"] > 0 and 0 <= line["token_accuracy"] <= 1 for line in left.steps)
+    assert load_config(left.out / "config.yaml") == make_config(left.out, stage)
+    assert list((left.out / "tensorboard").iterdir())
+
+
+def test_the_first_loss_is_that_of_the_first_batch(run, base, pairs):
+    """Over two micro-batches, by the model as it was."""
+    left = run({"objective": "joint", "steps": 1, "batch": 4, "micro_batch": 2})
+    assert math.isclose(left.losses[0], loss_of(base, pairs, left, 0, 4), rel_tol=1e-5)
+
+
+def loss_of(model, shards: str, left, stage: int, samples: int, shuffle: bool = True) -> float:
+    """The loss of a saved model on the first samples of a stage, as one batch."""
+    settings = load_config(left.out / "config.yaml").stages[stage]
+    loaded, processor = read(model)
+    reader = READERS[settings.objective](processor, settings, 256, True)
+    data = Shards.open(shards)
+    batch = MicroBatches([data], Order([len(data)], [1.0], [0, stage], shuffle), reader, samples, 0, 1)[0]
+    objective = OBJECTIVES[settings.objective](loaded.eval(), settings)
+    with torch.no_grad():
+        return float(objective(batch, objective.targets(batch))[0])
+
+
+def test_a_sample_that_is_passed_over_is_told_once(run, make_shards, tmp_path):
+    fields = {
+        "good": {"pictures": 1, "caption": "good"},
+        "bad": {"bytes": b"no picture", "caption": "bad"},
+        "long": {"pictures": 1, "caption": "fine", "question": "?" * 300, "answer": "x"},
+    }
+    left = run({"objective": "joint", "steps": 4}, data={"train": make_shards(tmp_path / "set", fields)})
+    events = left.events("skipped_sample")
+    assert Counter(event["key"] for event in events) == {"bad": 1, "long": 1}
+    assert {"event", "key", "reason", "stage", "step"} <= events[0].keys()
+    assert [line["samples"] for line in left.steps] == [4, 8, 12, 16], "another one takes its place"
+
+
+# What is left
+
+
+def test_the_second_stage_starts_from_what_the_first_left(run, pairs):
+    first = {"objective": "contrastive", "lr": 0.01}
+    both = run(first, {"objective": "joint", "steps": 1}, into="both")
+    alone = run(first, into="alone")
+    start = both.out / "checkpoints" / "stage1-start" / "model"
+    assert equal(weights_of(start), alone.weights())
+    assert math.isclose(both.losses[2], loss_of(start, pairs, both, 1, 4), rel_tol=1e-5)
+    assert [(line["stage"], line["step"]) for line in both.steps] == [(0, 1), (0, 2), (1, 1)]
+
+
+def test_the_model_that_is_left_is_the_trained_one(run, pairs):
+    """It does on held-out data what the last validation said."""
+    left = run({"objective": "joint", "steps": 3, "lr": 0.01}, data={"val": pairs}, validation={"samples": 8})
+    (event,) = left.events("validation")
+    assert math.isclose(event["loss"], loss_of(left.out / "model", pairs, left, 0, 8, shuffle=False), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "language"),
+    [("clm", "qwen3"), ("clm", "gpt2"), ("mlm", "qwen3"), ("mlm", "bert"), ("mlm", "modernbert")],
+)
+def test_text_alone_trains_the_language_model_alone(run, save_model, make_shards, tmp_path, objective, language):
+    base = save_model(tmp_path / "base", language)
+    text = make_shards(tmp_path / "set", {f"{index}": {"text": "abcd" * 5} for index in range(4)})
+    stage = {"objective": objective, "steps": 25, "lr": 0.01} | ({"mask_share": 0.3} if objective == "mlm" else {})
+    left = run(stage, model={"path": base}, data={"train": text})
+    assert sum(left.losses[-3:]) / 3 < 0.7 * left.losses[0]
+    before, after = weights_of(base), left.weights()
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"language_model"}
+
+
+BF16_WEIGHTS = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("precision", "zero", "deepspeed", "optimizer"),
+    [
+        ("bf16", 0, {}, "adamw"),
+        ("bf16", 1, BF16_WEIGHTS, "adamw"),
+        ("bf16", 3, BF16_WEIGHTS, "adamw"),
+        ("bf16", 0, {}, "muon"),
+        ("bf16", 2, {}, "muon"),
+        ("bf16", 3, {}, "muon"),
+    ],
+)
+def test_every_precision_and_optimizer_trains_to_fp32_weights(run, base, precision, zero, deepspeed, optimizer):
+    # DeepSpeed compiles what Muon computes, which takes longer than all of this test; eager it is the same.
+    with torch.compiler.set_stance("force_eager"):
+        stage = {"objective": "joint", "steps": 12, "lr": 0.01, "optimizer": optimizer}
+        left = run(stage, precision=precision, zero=zero, deepspeed=deepspeed)
+    assert left.losses[-1] < 0.8 * left.losses[0]
+    before, after = weights_of(base), left.weights()
+    assert before.keys() == after.keys()
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in after.values())
+    moved = after["language_model.model.layers.0.mlp.up_proj.weight"]
+    assert not torch.equal(moved, moved.bfloat16().float()), "the masters, not their shadows"
+
+
+def test_a_stage_in_minutes_ends_when_they_are_over(run):
+    left = run({"objective": "clm", "steps": None, "minutes": 0.005})
+    times = [line["seconds"] for line in left.steps]
+    assert times[-1] >= 0.3 > times[-2] if len(times) > 1 else times[-1] >= 0.3
+    assert left.steps[0]["lr"] == 1e-3 and left.steps[-1]["lr"] < 1e-3
+
+
+# Numbers that are not finite
+
+
+@pytest.fixture
+def poisoned(make_model, make_processor, make_shards, tmp_path) -> dict:
+    """A model for which the letter z is not a number, and texts: every one, or every third, with a z."""
+    model, processor = make_model("qwen3"), make_processor()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[processor.tokenizer.convert_tokens_to_ids("z")] = math.nan
+    save(model, processor, tmp_path / "poisoned")
+    texts = {"all": ["zz"] * 3, "some": ["ab", "cd", "ez", "fg"]}
+    shards = {
+        name: make_shards(tmp_path / name, {str(n): {"text": text} for n, text in enumerate(listed)})
+        for name, listed in texts.items()
+    }
+    return {"model": {"path": str(tmp_path / "poisoned")}} | shards
+
+
+PRECISIONS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+
+
+@pytest.mark.parametrize(("zero", "precision"), PRECISIONS)
+def test_a_step_that_is_not_finite_changes_nothing(run, poisoned, zero, precision):
+    settings = {"model": poisoned["model"], "zero": zero, "precision": precision}
+    left = run({"objective": "clm", "steps": 3, "lr": 0.1}, **settings, data={"train": poisoned["all"]})
+    assert equal(left.weights(), weights_of(poisoned["model"]["path"]))
+    assert [event["step"] for event in left.events("nonfinite")] == [1, 2, 3]
+    assert left.losses == ["nan"] * 3
+
+
+@pytest.mark.parametrize(("zero", "precision"), PRECISIONS[:4])
+def test_the_other_steps_train_on(run, poisoned, zero, precision):
+    settings = {"model": poisoned["model"], "zero": zero, "precision": precision}
+    stage = {"objective": "clm", "steps": 24, "batch": 1, "lr": 0.01}
+    left = run(stage, **settings, data={"train": poisoned["some"]})
+    finite = [loss for loss in left.losses if loss != "nan"]
+    assert len(finite) == 18 and len(left.events("nonfinite")) == 6
+    assert sum(finite[-3:]) < 0.8 * sum(finite[:3])
+    weights = left.weights()
+    assert int(torch.isnan(weights.pop("language_model.model.embed_tokens.weight")).sum()) == 32
+    assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_a_run_that_never_recovers_ends(run, poisoned):
+    stage = {"objective": "clm", "steps": 40, "batch": 1}
+    with pytest.raises(RunError, match="loss nan and gradient norm .* for 25 steps in a row, up to step 25; lower lr"):
+        run(stage, model=poisoned["model"], data={"train": poisoned["all"]})
+
+
+# Validation
+
+
+def test_validation_says_what_is_right_by_type(run, pairs):
+    left = run({"objective": "joint", "steps": 5}, data={"val": pairs}, validation={"every": 2, "samples": 100})
+    events = left.events("validation")
+    assert [event["step"] for event in events] == [2, 4, 5]
+    for event in events:
+        assert event["asked"] == {"colour": 12, "count": 12}
+        assert event["accuracy"].keys() == {"colour", "count"}
+        assert event["gates"].keys() == {"0", "1", "2"} and 0 <= event["token_accuracy"] <= 1
+
+
+def test_validation_changes_nothing(run, pairs):
+    stage = {"objective": "joint", "steps": 4, "lr": 0.01, "micro_batch": 2}
+    watched = run(stage, into="watched", data={"val": pairs}, validation={"every": 1, "samples": 4})
+    plain = run(stage, into="plain")
+    assert watched.losses == plain.losses and equal(watched.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "clm", "mlm"])
+def test_every_objective_is_validated(run, pairs, objective):
+    left = run({"objective": objective}, data={"val": pairs}, validation={"every": 1, "samples": 8})
+    assert [event["step"] for event in left.events("validation")] == [1, 2]
+    assert all(math.isfinite(event["loss"]) and "accuracy" not in event for event in left.events("validation"))
+
+
+# LoRA
+
+LORA = {"objective": "joint", "steps": 3, "lr": 0.01, "lora": {"r": 2}}
+
+
+@pytest.mark.parametrize("language", ["qwen3", "gpt2"])
+def test_lora_moves_linear_layers_of_the_language_model_alone(run, save_model, tmp_path, language):
+    base = save_model(tmp_path / "base", language, gate_init=0.5)
+    left = run(LORA | {"freeze": ["vision", "adapters"]}, model={"path": base})
+    before, after = weights_of(base), left.weights()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed
+    assert all(name.startswith("language_model.") and name.endswith("weight") for name in changed)
+    assert not any(word in name for name in changed for word in ("embed", "lm_head", "norm", "wte", "wpe", "ln_"))
+
+
+@pytest.mark.parametrize("freeze", [["vision", "adapters"], []])
+@pytest.mark.parametrize("language", ["qwen3", "gpt2"])
+def test_the_base_with_its_adapter_is_the_merged_model(run, save_model, tmp_path, language, freeze):
+    base = save_model(tmp_path / "base", language, gate_init=0.5)
+    left = run(LORA | {"freeze": freeze}, model={"path": base})
+    model, _ = read(base)
+    merged, _ = read(left.out / "model")
+    ids, pixels = torch.tensor([[3, 40, 50, 60]]), torch.randn(1, 3, 32, 32)
+    alone = model(ids, pixel_values=pixels).logits
+    load_lora(model, left.out / "adapter")
+    model.eval()
+    expected = merged(ids, pixel_values=pixels).logits
+    assert torch.allclose(model(ids, pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone, expected, rtol=1e-3, atol=1e-3)
+    merge_lora(model.language_model)
+    assert same(model.state_dict(), merged.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_refuses_another_base(run, make_model, base):
+    left = run(LORA)
+    with pytest.raises(
+        UsageError, match="belongs to a model with weights .* load it onto the model it was trained from"
+    ):
+        load_lora(make_model(gate_init=0.5, seed=1), left.out / "adapter")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "trained.safetensors"])
+def test_an_adapter_is_loaded_whole_or_not_at_all(run, base, file):
+    left = run(LORA)
+    path = left.out / "adapter" / file
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file({key: value for key, value in tensors.items() if key != name} | {"extra." + name: tensors[name]}, path)
+    with pytest.raises(UsageError, match="holds"):
+        load_lora(read(base)[0], left.out / "adapter")
+    path.unlink()
+    with pytest.raises(UsageError, match="is no adapter folder"):
+        load_lora(read(base)[0], left.out / "adapter")
+
+
+def test_frozen_weights_stay_in_full_where_the_engine_holds_them_in_half(run, save_model, tmp_path):
+    """Tied embeddings too, which have two names."""
+    base = save_model(tmp_path / "base", "qwen2", gate_init=0.5)
+    stage = LORA | {"freeze": ["vision"]}
+    left = run(stage, model={"path": base}, precision="bf16", zero=2, deepspeed={"bf16": {"enabled": True}})
+    before, after = weights_of(base), weights_of(left.out / "model")
+    frozen = [name for name in before if name.startswith("vision.") or "embed" in name or "lm_head" in name]
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+
+
+def test_a_stage_after_lora_goes_on_from_the_merged_model(run):
+    left = run(LORA, {"objective": "joint", "steps": 1})
+    start = weights_of(left.out / "checkpoints" / "stage1-start" / "model")
+    assert start.keys() == left.weights().keys() and not any("lora" in name for name in start)
+
+
+# What is refused before the first step
+
+
+def refused(run, words: str, *stages, **fields) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        run(*stages, **fields)
+    assert "\n" not in str(caught.value)
+
+
+def nothing_was_trained(out) -> bool:
+    return not (out / "model").exists() and not (out / "log.jsonl").read_text()
+
+
+def test_a_stage_whose_data_holds_nothing(run, make_shards, tmp_path):
+    text = make_shards(tmp_path / "text", {"a": {"text": "x"}, "b": {"text": "y"}})
+    stages = ({"objective": "clm"}, {"objective": "joint"})
+    words = "^stages.1: none of 2 samples of .*/text can be used by objective joint; the last: sample . has no caption"
+    refused(run, words, *stages, data={"train": text})
+    assert nothing_was_trained(tmp_path / "run")
+
+
+def test_a_source_that_holds_nothing_however_small_its_share(run, make_shards, pairs, tmp_path):
+    text = make_shards(tmp_path / "text", {"a": {"text": "x"}})
+    sources = [{"path": pairs, "weight": 1000.0}, {"path": text, "weight": 0.001}]
+    refused(run, "^stages.0: none of 1 samples of .*/text can be used", {"objective": "joint"}, data={"train": sources})
+    assert nothing_was_trained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("objective", ["joint", "clm"])
+def test_writing_with_a_family_that_only_reads(run, save_model, tmp_path, objective):
+    bert = save_model(tmp_path / "bert", "bert")
+    words = f"stages.1: objective {objective} writes text, and family bert only reads it; use contrastive or mlm"
+    refused(run, words, {"objective": "mlm"}, {"objective": objective}, model={"path": bert})
+
+
+def test_shards_that_are_not_there(run, tmp_path):
+    refused(run, "no/such: no such shard", {"objective": "joint"}, data={"train": "no/such"})
+    refused(run, "no/such: no such shard", {"objective": "joint"}, data={"val": "no/such"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have fp16")
+def test_a_precision_that_the_device_has_not(run):
+    refused(run, "precision fp16 does not work on cpu; use bf16", {"objective": "joint"}, precision="fp16", zero=1)
+
+
+def test_patterns_and_targets_that_match_nothing(run):
+    refused(run, "freeze pattern 'visoin' matches none", {"objective": "joint", "freeze": ["visoin"]})
+    refused(run, "lora target 'q' matches none", {"objective": "joint", "lora": {"targets": ["q"]}})

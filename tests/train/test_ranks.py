@@ -1,0 +1,237 @@
+"""Two ranks are one: the same data and seed give the same losses, under every ZeRO stage and every launcher."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlm.errors import UsageError
+from vlm.lora import load_lora
+from vlm.saving import read
+from vlm.shards import Shards
+from vlm.train.batches import READERS, MicroBatches
+from vlm.train.config import annotated_yaml, load_config
+from vlm.train.loop import train
+from vlm.train.order import Order
+
+ZERO = (0, 1, 2, 3)
+STAGES = (
+    {"objective": "contrastive", "steps": 4},
+    {"objective": "joint", "steps": 20, "contrastive_weight": 0.3},
+)
+JOINT = {"objective": "joint", "steps": 4, "lr": 0.01}
+# Name -> stages and settings of what two ranks train one after the other.
+RUNS = {
+    **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 10}}) for zero in ZERO},
+    "lora": ([JOINT | {"lora": {"r": 2}}], {"zero": 3}),
+    "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
+    **{f"muon {zero}": ([JOINT | {"optimizer": "muon"}], {"zero": zero}) for zero in (0, 2, 3)},
+}
+LIMIT = 240  # seconds until a rank that waits for another is a failure
+
+
+@pytest.fixture(scope="module")
+def mixed(make_shards, tmp_path_factory) -> str:
+    """Samples with and without a picture, of unequal lengths, one of them broken."""
+    fields = {}
+    for index in range(24):
+        picture = {"pictures": 1, "caption": f"picture {index}"} if index % 3 == 0 else {}
+        fields[f"{index:02d}"] = picture | {"question": "why?" * (1 + index % 4), "answer": "yes" * (1 + index % 5)}
+    fields["broken"] = {"bytes": b"no picture", "caption": "x"}
+    return make_shards(tmp_path_factory.mktemp("mixed") / "set", fields)
+
+
+@pytest.fixture(scope="module")
+def config_of(make_config, mixed, tmp_path_factory):
+    """The config of a run by its name, for so many ranks that see the same micro-batches together."""
+    folder = tmp_path_factory.mktemp("ranks")
+
+    def make(name: str, ranks: int):
+        stages, fields = RUNS[name]
+        sizes = {"batch": 8, "micro_batch": 4 // ranks}
+        out = folder / f"{name} on {ranks}"
+        return make_config(out, *[dict(stage) | sizes for stage in stages], **fields, data={"train": mixed})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def two(config_of, outcome):
+    """What every run leaves on two ranks, all in one start of two processes."""
+    files = []
+    for name in RUNS:
+        config = config_of(name, 2)
+        files.append(Path(config.out).with_suffix(".yaml"))
+        files[-1].write_text(annotated_yaml(config), encoding="utf-8")
+    # DeepSpeed compiles what Muon computes, which takes longer than all of this; eager it is the same.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    launch(["-m", "torch.distributed.run", *TORCHRUN, __file__, *map(str, files)], environment)
+    return {name: outcome(Path(config_of(name, 2).out)) for name in RUNS}
+
+
+@pytest.fixture(scope="module")
+def one(config_of, outcome):
+    """What a run leaves in this one process."""
+    known = {}
+
+    def trained(name: str):
+        if name not in known:
+            config = config_of(name, 1)
+            with torch.compiler.set_stance("force_eager"):
+                train(config)
+            known[name] = outcome(Path(config.out))
+        return known[name]
+
+    return trained
+
+
+TORCHRUN = ("--standalone", "--nproc-per-node", "2")
+
+
+def launch(arguments: list[str], environment: dict[str, str] | None = None) -> None:
+    given = environment or os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], env=given, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def difference(left, right) -> float:
+    """The largest of two runs' losses, relative, or absolute below 1."""
+    pairs = list(zip(left.losses, right.losses, strict=True))
+    return max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
+
+
+# The same losses
+
+
+def test_some_micro_batches_leave_a_rank_without_a_picture(mixed, make_processor, config_of):
+    stage = config_of("zero 0", 2).stages[1]
+    data = Shards.open(mixed)
+    reader = READERS["joint"](make_processor(), stage, 256, True)
+    order = Order([len(data)], [1.0], [0, 1])
+    seen = [
+        tuple(
+            bool((MicroBatches([data], order, reader, 2, rank, 2)[number]["image_slots"] >= 0).any()) for rank in (0, 1)
+        )
+        for number in range(40)
+    ]
+    assert {(True, False), (False, True), (False, False), (True, True)} == set(seen)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_two_ranks_lose_what_one_loses(one, two, zero):
+    alone, together = one("zero 0"), two[f"zero {zero}"]
+    assert [(line["stage"], line["step"]) for line in together.steps] == [(0, n) for n in range(1, 5)] + [
+        (1, n) for n in range(1, 21)
+    ]
+    assert difference(together, alone) < 1e-4
+    for mine, theirs in zip(together.steps, alone.steps, strict=True):
+        assert (mine["samples"], mine["tokens"]) == (theirs["samples"], theirs["tokens"])
+        assert math.isclose(mine["grad_norm"], theirs["grad_norm"], rel_tol=1e-2)
+        names = ("top1", "token_accuracy", "contrastive_loss")
+        assert all(math.isclose(mine.get(name, 0), theirs.get(name, 0), rel_tol=1e-2, abs_tol=0.05) for name in names)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_two_ranks_learn_the_weights_that_one_learns(one, two, zero):
+    alone, together = one("zero 0").weights(), two[f"zero {zero}"].weights()
+    assert alone.keys() == together.keys()
+    assert all(torch.allclose(together[name], value, rtol=1e-2, atol=1e-3) for name, value in alone.items())
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_muon_on_two_ranks(one, two, zero):
+    """Gradients are clipped in no stage, or ZeRO would clip updates where one process clips gradients."""
+    assert difference(two[f"muon {zero}"], one("muon 0")) < 1e-3
+    assert one("muon 0").losses[-1] < one("muon 0").losses[0]
+
+
+def test_bf16_on_two_ranks(one, two):
+    assert difference(two["bf16"], one("bf16")) < 1e-2
+    weight = two["bf16"].weights()["language_model.lm_head.weight"]
+    assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_lora_under_zero_3_saves_what_it_trained(one, two, base):
+    assert difference(two["lora"], one("lora")) < 1e-4
+    folder = two["lora"].out / "adapter"
+    for file in ("adapter_model.safetensors", "trained.safetensors"):
+        tensors = load_file(folder / file)
+        assert tensors and all(value.numel() > 0 for value in tensors.values())
+    assert any(
+        torch.count_nonzero(value)
+        for name, value in load_file(folder / "adapter_model.safetensors").items()
+        if "lora_B" in name
+    )
+    model, _ = read(base)
+    load_lora(model, folder)
+    merged, _ = read(two["lora"].out / "model")
+    ids, pixels = torch.tensor([[3, 40, 50, 60]]), torch.ones(1, 3, 32, 32)
+    found, expected = (each.eval()(ids, pixel_values=pixels).logits for each in (model, merged))
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_any_rank_passes_over_is_told(one, two):
+    alone = {(event["stage"], event["key"], event["reason"]) for event in one("zero 0").events("skipped_sample")}
+    together = [(event["stage"], event["key"], event["reason"]) for event in two["zero 2"].events("skipped_sample")]
+    assert len(together) == len(set(together)) and set(together) == alone
+    assert {"broken"} < {key for _, key, _ in alone}
+
+
+# The launchers
+
+
+@pytest.fixture
+def stopped(two, tmp_path):
+    """A copy of a run on two ranks that can be resumed from the middle of its second stage, and its config file."""
+
+    def copy(name: str) -> tuple[Path, Path]:
+        out = tmp_path / "stopped"
+        shutil.copytree(two[name].out, out)
+        shutil.rmtree(out / "model")
+        (out / "checkpoints" / "latest").write_text("stage1-step10\n")
+        return out, two[name].out / "config.yaml"
+
+    return copy
+
+
+def launch_deepspeed(*arguments: str) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    launch([*runner, "--module", "vlm.train", *arguments])
+
+
+def launch_torchrun(*arguments: str) -> None:
+    launch(["-m", "torch.distributed.run", *TORCHRUN, "-m", "vlm.train", *arguments])
+
+
+@pytest.mark.parametrize(("start", "name"), [(launch_deepspeed, "zero 3"), (launch_torchrun, "zero 2")])
+def test_launchers_resume_two_ranks_bit_by_bit(two, stopped, outcome, start, name):
+    out, file = stopped(name)
+    start("--config", str(file), f"out={out}", "--resume")
+    resumed, straight = outcome(out), two[name]
+    assert resumed.events("resumed")[0]["step"] == 10
+    assert resumed.losses[-10:] == straight.losses[-10:]
+    weights = straight.weights()
+    assert all(torch.equal(weights[name], value) for name, value in resumed.weights().items())
+
+
+def test_another_number_of_processes_cannot_resume(stopped):
+    out, file = stopped("zero 1")
+    with pytest.raises(UsageError, match="stage1-step10 was written by 2 processes and this run has 1; resume with 2"):
+        train(load_config(file, [f"out={out}"]), resume=True)
+
+
+if __name__ == "__main__":
+    for config_file in sys.argv[1:]:
+        train(load_config(config_file))
