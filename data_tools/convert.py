@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UsageError
+from vlm.files import room_for
 from vlm.images import open_image
 from vlm.samples import SampleError, parse_sample
-from vlm.shards import ShardWriter, room_for
+from vlm.shards import ShardWriter
 
 EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
 

@@ -71,9 +71,10 @@ def inspect(path: str | Path) -> Report:
     report = Report(str(path))
     keys: dict[str, Path] = {}
     captions: set[str] = set()
-    for tar in _tars(Path(path), report):
+    for tar, promised in _tars(Path(path), report):
         report.shards += 1
         report.bytes += tar.stat().st_size
+        before = report.samples
         for entry in _entries(tar, report):
             if entry.key in keys:
                 report.faults.append(f"{tar}: key {entry.key} is in {keys[entry.key]} too")
@@ -83,14 +84,16 @@ def inspect(path: str | Path) -> Report:
                 _add(report, parse_sample(entry.key, entry.read()), tar, captions)
             except (UsageError, RunError) as error:
                 report.faults.append(f"{tar}: {error}")
+        if promised is not None and report.samples - before != promised:
+            report.faults.append(f"{tar}: {report.samples - before} samples, {INDEX} says {promised}")
     report.distinct_captions = len(captions)
     return report
 
 
-def _tars(path: Path, report: Report) -> Sequence[Path]:
-    """The tars to look into. What the index says of them and they are not is a fault."""
+def _tars(path: Path, report: Report) -> list[tuple[Path, int | None]]:
+    """The tars to look into, and how many samples the index promises. What it says of them and they are not is a fault."""
     if not path.is_dir():
-        return shard_files(path)
+        return [(tar, None) for tar in shard_files(path)]
     tars = sorted(path.glob("*.tar"))
     if not tars and not (path / INDEX).is_file():
         inner = sorted(folder.parent.name for folder in path.glob(f"*/{INDEX}"))
@@ -100,14 +103,14 @@ def _tars(path: Path, report: Report) -> Sequence[Path]:
         listed = {shard["file"]: shard for shard in read_index(path)}
     except UsageError as error:
         report.faults.append(str(error))
-        return tars
+        return [(tar, None) for tar in tars]
     found = {tar.name for tar in tars}
     report.faults += [f"{path / name}: missing, {INDEX} lists it" for name in listed if name not in found]
     report.faults += [f"{path / name}: not in {INDEX}" for name in sorted(found - set(listed))]
     for tar in tars:
         if tar.name in listed:
             report.faults += _against_index(tar, listed[tar.name])
-    return tars
+    return [(tar, listed[tar.name]["samples"] if tar.name in listed else None) for tar in tars]
 
 
 def _against_index(tar: Path, listed: dict) -> Iterator[str]:

@@ -16,7 +16,8 @@ from random import Random
 from typing import Any
 
 from vlm.errors import UsageError
-from vlm.shards import ShardWriter, new_folder, room_for
+from vlm.files import room_for
+from vlm.shards import ShardWriter, new_folder
 
 from .scene_drawing import draw, encode
 from .scene_language import caption, questions

@@ -12,7 +12,7 @@ from html import escape
 
 COLOURS = 7
 WIDTH, HEIGHT = 720, 320
-LEFT, RIGHT, TOP, BOTTOM = 52, 118, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 52, 136, 14, 44
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ def gallery(run: RunRecord) -> str:
         if len(mistaken) == MISTAKEN:
             break
     if not first:
-        gone = run.missing[-1] if run.missing else "No pictures were asked about in the evaluation, so none are shown."
+        lost = run.missing and (_shown(run.samples) or not run.samples)
+        gone = run.missing[-1] if lost else "No pictures were asked about in the evaluation, so none are shown."
         return section(title, lead, none(gone))
     body = [_grid(first)]
     if mistaken:
@@ -60,15 +61,20 @@ def _shown(lines: Sequence[Fields]) -> list[Fields]:
 
 
 def _figure(sample: Sample, lines: Sequence[Fields]) -> str:
-    shots = "".join(
-        f'<img src="{data_uri(data)}" alt="held-out picture {escape(sample.key)}">' for data in sample.images
-    )
+    shots = "".join(_shot(sample.key, data) for data in sample.images)
     asked = [_answer(line) for line in _shown(lines) if line["task"] != "caption"]
     told = [_caption(line) for line in lines if line.get("task") == "caption"]
     listed = f"<ul>{''.join(asked)}</ul>" if asked else ""
     return (
         f'<figure class="card"><div class="shot">{shots}</div><figcaption>{listed}{"".join(told)}</figcaption></figure>'
     )
+
+
+def _shot(key: str, data: bytes) -> str:
+    address = data_uri(data)
+    if not address:
+        return f'<p class="none">The picture of sample {escape(key)} can no longer be read.</p>'
+    return f'<img src="{address}" alt="held-out picture {escape(key)}">'
 
 
 def _verdict(line: Fields) -> str:
@@ -95,7 +101,7 @@ def _truth(line: Fields) -> str:
 def _caption(line: Fields) -> str:
     said, truth = escape(str(line.get("prediction")) or "(nothing)"), escape(_truth(line))
     told = f"<div><small>it says</small>{said}</div>"
-    return f'<div class="told">{told}<div class="truth"><small>a person’s caption</small>{truth}</div></div>'
+    return f'<div class="told">{told}<div class="truth"><small>the true caption</small>{truth}</div></div>'
 
 
 def data_uri(data: bytes) -> str:

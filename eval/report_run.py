@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,8 @@ def read_run(folder: Path) -> RunRecord:
 
 def number(value: Any) -> float | None:
     """A finite number, else None: the log writes NaN and infinity as strings."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
 
 
 def pictured(run: RunRecord) -> Iterator[tuple[Sample, list[Fields]]]:
@@ -106,7 +108,7 @@ def _read_config(run: RunRecord, path: Path) -> None:
     if not path.exists():
         run.missing.append(f"There is no {path.name} in the run's folder, so its settings are not shown.")
         return
-    run.config_text = path.read_text("utf-8")
+    run.config_text = path.read_text("utf-8", errors="replace")
     try:
         values = yaml.safe_load(run.config_text)
     except yaml.YAMLError:
@@ -138,16 +140,21 @@ def _read_results(run: RunRecord, folder: Path) -> None:
         )
         return
     try:
-        run.results = json.loads((folder / "results.json").read_text("utf-8"))
-    except ValueError:
-        raise UsageError(f"{folder / 'results.json'}: not JSON; run `vlm eval` again") from None
+        results = json.loads((folder / "results.json").read_text("utf-8"))
+    except (ValueError, RecursionError):
+        results = None
+    if not isinstance(results, dict):
+        raise UsageError(f"{folder / 'results.json'}: not a JSON object; run `vlm eval` again")
+    run.results = results
     if (folder / "samples.jsonl").exists():
         run.samples = list(_json_lines(folder / "samples.jsonl"))
+    else:
+        run.missing.append("There is no eval/samples.jsonl in the run's folder, so no pictures can be shown.")
 
 
 def _json_lines(path: Path) -> Iterator[Fields]:
     """The objects of a JSON-lines file; a line that a kill cut short is passed over."""
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:
         for text in file:
             try:
                 line = json.loads(text)

@@ -112,12 +112,13 @@ def _looking_in_words(run: RunRecord) -> str:
     metrics = run.tasks().get("vqa", {})
     if "blind" not in metrics:
         return ""
-    gain = 100 * (metrics["accuracy"] - metrics["blind"]["accuracy"])
+    # A blind model may do worse than the plainest guess, and beating that says nothing.
+    gain = 100 * (metrics["accuracy"] - max(metrics["blind"]["accuracy"], metrics["majority"]))
     usual = f"Always answering “{escape(str(metrics['majority_answer']))}” would score {percent(metrics['majority'])}. "
     return (
         f'<p class="quiet" style="margin-top:16px">{usual}Without a picture the model answers '
         f"{percent(metrics['blind']['accuracy'])} of the questions right; with it, {percent(metrics['accuracy'])}: "
-        f"<b>{gain:+.0f} points come from looking</b>.</p>"
+        f"<b>{gain:+.0f} points come from looking</b>, over the better of the two.</p>"
     )
 
 
@@ -258,10 +259,12 @@ def gates(run: RunRecord) -> str:
         "−1 and 1. At 0 the language model runs as if no picture were there; the further from 0, in either direction, the "
         "more the layer listens to it."
     )
-    values = run.gates()
-    if not values:
-        return section(title, lead, none("Neither the results nor the log hold gates."))
-    rows = [(f"layer {key}", [float(value) for value in pair]) for key, pair in values.items()]
+    numbers = {
+        key: [found for value in pair if (found := number(value)) is not None] for key, pair in run.gates().items()
+    }
+    rows = [(f"layer {key}", pair) for key, pair in numbers.items() if len(pair) == 2]
+    if not rows:
+        return section(title, lead, none("Neither the results nor the log hold gates that are numbers."))
     key = (
         '<div class="key"><span style="--mark:var(--c0)">attention to the picture</span>'
         '<span style="--mark:var(--c1)">feed-forward</span></div>'

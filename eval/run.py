@@ -9,6 +9,7 @@ picture of something else, has learnt the questions and not to see.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ def evaluate(
     for name, value in (("batch", batch), ("limit", limit)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"{out}: a file is there already; give another folder for the results")
     splits = find_splits(Path(data))
     named = str(model) if isinstance(model, str | Path) else getattr(model.model, "name_or_path", "") or "in memory"
     loaded = load(model) if isinstance(model, str | Path) else model
@@ -184,12 +187,12 @@ def _write(out: Path, results: dict[str, Any], outcomes: list[Outcome]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Infinity, which JSON has no word for, as a string; everything else as it is."""
+    """Infinity and NaN, which JSON has no words for, as strings; everything else as it is."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
-    return str(value) if isinstance(value, float) and value in (float("inf"), float("-inf")) else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ Shapes: B rows, L tokens padded to a multiple of 16, n pictures, M picture slots
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -296,7 +296,7 @@ class MicroBatches(Dataset):
         )
 
 
-def stream(batches: MicroBatches, first: int, workers: int) -> Iterator[Batch]:
+def stream(batches: MicroBatches, first: int, workers: int) -> Generator[Batch]:
     """The micro-batches `first`, `first` + 1, … made ahead by `workers` processes. Raises what making them raised."""
     loader = DataLoader(
         batches,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vlm.files import room_for
 
 PLAIN_SECONDS = 10.0
 
@@ -34,7 +37,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         out.mkdir(parents=True, exist_ok=True)
-        self._file = open(out / "log.jsonl", "a" if append else "w", encoding="utf-8")
+        self._path = out / "log.jsonl"
+        if append:
+            _drop_half_line(self._path)
+        self._file = open(self._path, "a" if append else "w", encoding="utf-8")
         self._board = SummaryWriter(str(out / "tensorboard"))
         self._console = Console(file=sys.stdout)
 
@@ -73,14 +79,18 @@ class RunLog:
             self._progress.stop()
             self._progress = None
         if self._file is not None:
-            self._file.close()
-            self._file = None
-            self._board.close()
+            file, self._file = self._file, None
+            with room_for(self._path):
+                try:
+                    file.close()
+                finally:
+                    self._board.close()
 
     def _write(self, fields: dict[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(_plain(fields), ensure_ascii=False) + "\n")
-        self._file.flush()
+        with room_for(self._path):
+            self._file.write(json.dumps(_plain(fields), ensure_ascii=False) + "\n")
+            self._file.flush()
 
     def _show(self, stage: int, progress: float | None, text: str) -> None:
         if self._console.is_terminal:
@@ -105,6 +115,14 @@ class RunLog:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(f"stage {stage}", total=1.0, text="")
         return self._progress
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what a kill left of a last line, so that the next one stands on its own."""
+    if path.is_file():
+        written = path.read_bytes()
+        if not written.endswith(b"\n"):
+            os.truncate(path, written.rfind(b"\n") + 1)
 
 
 def _shown(fields: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -88,7 +89,7 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     if progress.stage == len(config.stages):
         raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
-    with RunLog(out, is_main(), append=resume) as log:
+    with RunLog(out, is_main(), append=resume) as log, compilation(config, log):
         run = Run(config, processor, log, checkpoints, train_data, val_data)
         _check_data(run, model)
         if is_main():
@@ -118,26 +119,28 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
         run.checkpoints.load_state(engine, folder)
     micro_steps = engine.gradient_accumulation_steps()
     data = micro_batches(run, model, progress.stage)
-    batches = stream(data, progress.step * micro_steps, config.data.workers)
     held_out = list(validation_batches(run, model, progress.stage))
     watch = Watch(run)
-    while progress.share(stage) < 1.0:
-        lr = rate(stage, moment(progress, stage))
-        set_rates(engine.optimizer, lr)
-        torch.manual_seed(seed_of(config.seed, progress, dist.get_rank()))
-        step_batches = list(islice(batches, micro_steps))
-        mean_targets = mean_over_step(engine, step_batches)
-        for batch in step_batches:
-            loss, logs = engine(on_device(batch, engine.device), mean_targets)
-            engine.backward(loss)
-            grad_norm = take_step(engine)
-            watch.see(batch, loss, logs)
-        progress = watch.report(engine, progress, grad_norm, lr)
-        if progress.step % config.checkpoint.every == 0 and progress.share(stage) < 1.0:
-            run.log.event("checkpoint", path=str(run.checkpoints.save_state(engine, progress)), **position(progress))
-        if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
-            run.log.event("validation", **position(progress), **validate(engine, held_out))
-        watch.restart()
+    # Closed whatever happens: data workers answer no signal and would keep a failed run from ending.
+    with closing(stream(data, progress.step * micro_steps, config.data.workers)) as batches:
+        while progress.share(stage) < 1.0:
+            lr = rate(stage, moment(progress, stage))
+            set_rates(engine.optimizer, lr)
+            torch.manual_seed(seed_of(config.seed, progress, dist.get_rank()))
+            step_batches = list(islice(batches, micro_steps))
+            mean_targets = mean_over_step(engine, step_batches)
+            for batch in step_batches:
+                loss, logs = engine(on_device(batch, engine.device), mean_targets)
+                engine.backward(loss)
+                grad_norm = take_step(engine)
+                watch.see(batch, loss, logs)
+            progress = watch.report(engine, progress, grad_norm, lr)
+            if progress.step % config.checkpoint.every == 0 and progress.share(stage) < 1.0:
+                path = run.checkpoints.save_state(engine, progress)
+                run.log.event("checkpoint", path=str(path), **position(progress))
+            if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
+                run.log.event("validation", **position(progress), **validate(engine, held_out))
+            watch.restart()
     (memory,) = sums([peak_memory_gib()], engine.device)
     run.log.event("trained", peak_memory_gib=memory, **position(progress))
     leave(run, engine, frozen, progress, base)
@@ -163,17 +166,18 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     objective.train()
     engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(model, stage), config=ds_config)
     if config.compile:
-        compile_parts(run, model)
+        model.vision.compile()
+        model.language_model.compile()
     return engine, frozen
 
 
-def compile_parts(run: Run, model: VLMModel) -> None:
-    """Compile the two towers; on a CPU that takes a C++ compiler, and without one they run as they are."""
-    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
-        run.log.say("compile: no C++ compiler is here, so the model runs uncompiled; install g++")
-        return
-    for part in (model.vision, model.language_model):
-        part.compile()
+def compilation(config: Config, log: RunLog) -> AbstractContextManager:
+    """Within it, torch.compile works if that is asked for and a compiler is there; else nothing is compiled, DeepSpeed's own
+    functions included, which on a CPU would take a C++ compiler."""
+    can = torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
+    if config.compile and not can:
+        log.say("compile: no C++ compiler is here, so the model runs uncompiled; install g++")
+    return torch.compiler.set_stance("default" if config.compile and can else "force_eager")
 
 
 # Data

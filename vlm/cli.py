@@ -1,7 +1,7 @@
 """The `vlm` command: turns arguments into one call of a program or a model, and errors into one line.
 
 Knows the commands of the public surface. Knows nothing of how anything is done; every program is imported when it is
-called, so that `vlm --help` answers at once.
+called, so that a command loads no more than it needs.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def data_inspect(
     report = inspect(shards)
     rich.print(report)
     if report.faults:
-        raise RunError(f"{shards}: {len(report.faults)} faults, the first: {report.faults[0]}")
+        count = f"{len(report.faults)} faults, the first" if len(report.faults) > 1 else "1 fault"
+        raise RunError(f"{shards}: {count}: {report.faults[0]}")
 
 
 # Training

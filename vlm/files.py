@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,15 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from vlm.errors import RunError
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that takes the place of `path` when the block ends well, and vanishes when it does not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with _named(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with _named(path), os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -37,10 +41,12 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
+    with _named(path):
+        fresh = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new."))
     try:
-        yield fresh
-        os.chmod(fresh, 0o777 & ~_umask())
+        with _named(path):
+            yield fresh
+        _open_to_others(fresh)
         if path.exists():
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
             os.replace(path, old / path.name)
@@ -51,6 +57,37 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+@contextmanager
+def room_for(path: str | Path) -> Iterator[None]:
+    """Turn the disk's running full inside the block into a RunError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(f"{path}: no space left on the disk; free some and run it again") from None
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of the disk inside the block names `path`: a failed write names no file, and the others a hidden one."""
+    try:
+        yield
+    except OSError as error:
+        hidden = os.path.abspath(path.parent / f".{path.name}.")
+        if error.filename is None or os.path.abspath(error.filename).startswith(hidden):
+            error.filename = str(path)
+        raise
+
+
+def _open_to_others(folder: Path) -> None:
+    """Temporary folders, and the files that safetensors writes, are private; these become as readable as any other."""
+    mask = _umask()
+    os.chmod(folder, 0o777 & ~mask)
+    for path in folder.rglob("*.safetensors"):
+        os.chmod(path, 0o666 & ~mask)
 
 
 def _umask() -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -115,7 +116,7 @@ def save_lora(model: Any, folder: str | Path, base: str, trained: Mapping[str, T
     """Write the adapter folder of a composite whose `language_model` has LoRA; it appears whole or not at all.
 
     base: `base_hash` of the model's weights before the training. trained: whatever else was trained, by name.
-    Raises RunError for an empty tensor (a shard of ZeRO-3 that nobody gathered).
+    Raises RunError for an empty tensor (a shard of ZeRO-3 that nobody gathered) and where the disk refuses.
     """
     updates = get_peft_model_state_dict(model.language_model)
     tensors = {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in updates.items()}
@@ -124,11 +125,16 @@ def save_lora(model: Any, folder: str | Path, base: str, trained: Mapping[str, T
         raise RunError(
             f"{len(empty)} of {len(tensors) + len(others)} adapter weights are empty, the first {empty[0]}; not saved"
         )
-    with atomic_folder(folder) as fresh:
-        save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
-        save_file(others, fresh / OTHERS, metadata={"format": "pt"})
-        model.language_model.peft_config["default"].save_pretrained(fresh)
-        (fresh / BASE).write_text(json.dumps({"sha256": base}) + "\n", "utf-8")
+    try:
+        with atomic_folder(folder) as fresh:
+            save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+            save_file(others, fresh / OTHERS, metadata={"format": "pt"})
+            model.language_model.peft_config["default"].save_pretrained(fresh)
+            (fresh / BASE).write_text(json.dumps({"sha256": base}) + "\n", "utf-8")
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"cannot write the adapter to {folder}: {error}; free the disk or choose another place"
+        ) from error
 
 
 def load_lora(model: Any, folder: str | Path) -> None:
@@ -141,7 +147,7 @@ def load_lora(model: Any, folder: str | Path) -> None:
         base = json.loads((folder / BASE).read_text("utf-8"))["sha256"]
         config = LoraConfig.from_pretrained(folder)
         tensors, others = load_file(folder / WEIGHTS), load_file(folder / OTHERS)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UsageError(f"{folder} is no adapter folder ({error}); give the OUT/adapter of a run with lora") from None
     found = base_hash(model.state_dict())
     if found != base:
@@ -158,6 +164,10 @@ def load_lora(model: Any, folder: str | Path) -> None:
             f"they differ in {sorted(wanted ^ set(updates))[0]}"
         )
     named = {LANGUAGE + name.replace(".weight", ".default.weight"): value for name, value in updates.items()} | others
-    unexpected = model.load_state_dict(named, strict=False).unexpected_keys
+    try:
+        unexpected = model.load_state_dict(named, strict=False).unexpected_keys
+    except RuntimeError as error:
+        shapes = str(error).strip().splitlines()[-1].strip()
+        raise UsageError(f"adapter {folder} has weights of other shapes ({shapes}); fetch or train it again") from None
     if unexpected:
         raise UsageError(f"adapter {folder} holds {unexpected[0]}, which this model has not; load it onto its own base")

@@ -84,6 +84,9 @@ def read(source: str | Path, dtype: str | torch.dtype = "auto") -> tuple[VLMMode
         with _quiet():
             model, report = VLMModel.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
             processor = VLMProcessor.from_pretrained(source)
+            # How it was fetched; transformers 5.24 would save that with it.
+            for how in ("is_local", "local_files_only"):
+                processor.tokenizer.init_kwargs.pop(how, None)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"the model in {source} cannot be read: {_first_line(error)}; save or fetch it again"

@@ -6,7 +6,6 @@ part; no member is ever extracted to disk, decoded or run here.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -197,17 +196,6 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         except OSError as error:
             raise UsageError(f"{path}: can not be written ({error.strerror}); choose another folder") from None
         yield folder
-
-
-@contextmanager
-def room_for(path: str | Path) -> Iterator[None]:
-    """Turn the disk's running full inside the block into a RunError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(f"{path}: no space left on the disk; free some and run it again") from None
 
 
 class ShardWriter:

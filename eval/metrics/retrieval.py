@@ -30,8 +30,9 @@ def chance_of_hit(similarity: np.ndarray, own: np.ndarray, k: int) -> np.ndarray
     """For each row of (N, M) the chance that column `own` (N,) is among its k most similar ones; (N,) in [0, 1].
 
     1 or 0 where no similarities tie; equally similar columns are taken to stand in random order, so that a model which
-    cannot tell two texts apart gains nothing from the order they came in.
+    cannot tell two texts apart gains nothing from the order they came in. NaN is less similar than anything.
     """
+    similarity = np.where(np.isnan(similarity), -np.inf, similarity)
     wanted = np.take_along_axis(similarity, own[:, None], axis=1)
     better = (similarity > wanted).sum(axis=1)
     tied = (similarity == wanted).sum(axis=1)  # its own included

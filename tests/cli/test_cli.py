@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -242,6 +244,18 @@ def test_evaluation_is_printed_and_written(cli, model_folder, tmp_path):
     code, printed, err = cli(*arguments)
     assert code == 0 and "retrieval" in printed
     assert "retrieval" in json.loads((out / "results.json").read_text())["tasks"]
+
+
+def test_a_port_in_use_is_one_line_with_the_mend(tmp_path):
+    """A rank as torchrun and deepspeed start it, where another run has the port."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        ranks = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-m", "vlm.train", "--config", "scratch", "data.train=x", f"out={tmp_path}/run"]
+        done = subprocess.run(command, env=os.environ | ranks, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: port {port} is in use; start with another --master_port"
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
 
 
 def test_help_loads_nothing_heavy():

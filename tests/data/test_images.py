@@ -97,6 +97,14 @@ def test_transparency_of_palettes_grey_and_colour_keys() -> None:
     assert open_image(keyed).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "LA", "La", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"]
+)
+def test_every_mode_of_pillow_becomes_rgb(mode: str) -> None:
+    opened = open_image(Image.new(mode, (3, 2)))
+    assert opened.mode == "RGB" and opened.size == (3, 2)
+
+
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 def test_exif_orientation_is_applied(form: str) -> None:
     image = Image.new("RGB", (32, 16), "black")

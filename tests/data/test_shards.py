@@ -15,7 +15,8 @@ import pytest
 import webdataset
 
 from vlm.errors import RunError, UsageError
-from vlm.shards import Shards, ShardWriter, new_folder, room_for, scan
+from vlm.files import room_for
+from vlm.shards import Shards, ShardWriter, new_folder, scan
 
 PARTS = {"json": b'{"caption": "c"}'}
 

@@ -40,6 +40,15 @@ def test_ties_count_as_the_mean_over_their_orders() -> None:
         assert chance_of_hit(row, np.array([1]), k)[0] == pytest.approx(expected)
 
 
+def test_not_a_number_is_no_hit() -> None:
+    """Of a model that went NaN, everything ties; where one embedding did, it alone is never found first."""
+    broken = np.full((4, 4), np.nan)
+    assert chance_of_hit(broken, np.arange(4), 1).tolist() == [0.25] * 4
+    partly = np.eye(4)
+    partly[:, 2] = np.nan
+    assert chance_of_hit(partly, np.arange(4), 1).tolist() == [1.0, 1.0, 0.0, 1.0]
+
+
 def test_a_model_that_cannot_see_is_at_chance() -> None:
     recall = recall_both_ways(np.zeros((50, 50)))
     assert recall["image_to_text_R@1"] == recall["text_to_image_R@1"] == pytest.approx(1 / 50)

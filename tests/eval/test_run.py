@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -278,6 +279,26 @@ def test_bad_usage_is_one_clear_line(model: SeeingModel, tmp_path: Path, options
     with pytest.raises(UsageError, match=said) as caught:
         evaluate(model, **{"tasks": ["vqa"], "data": data} | options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_the_way_of_the_results_is_told_before_the_work(model: SeeingModel, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("thesis")
+    with pytest.raises(UsageError, match="out: a file is there already; give another folder for the results"):
+        evaluate(model, ["vqa"], write_pictures(tmp_path / "data", 2), tmp_path / "out")
+    assert not model.asked and (tmp_path / "out").read_text() == "thesis"
+
+
+def test_numbers_that_are_none_are_still_json(model: SeeingModel, tmp_path: Path, monkeypatch) -> None:
+    """A model that went NaN in training: its files can be read by whatever reads JSON."""
+    monkeypatch.setattr(model, "loglikelihood", lambda asked, batch_size: [(-math.inf, 2)] * len(asked))
+    monkeypatch.setattr(model.model, "gates", lambda: {"0": (math.nan, 0.5)})
+    evaluate(model, ["perplexity"], write_pictures(tmp_path / "data", 2), tmp_path / "out")
+
+    def refuse(word: str) -> None:
+        raise ValueError(word)
+
+    results = json.loads((tmp_path / "out" / "results.json").read_text("utf-8"), parse_constant=refuse)
+    assert results["gates"] == {"0": ["nan", 0.5]} and results["tasks"]["perplexity"]["perplexity"] == "inf"
 
 
 def test_data_without_anything_for_a_task_is_an_error(model: SeeingModel, tmp_path: Path) -> None:

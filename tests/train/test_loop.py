@@ -136,10 +136,8 @@ BF16_WEIGHTS = {"bf16": {"enabled": True}}
     ],
 )
 def test_every_precision_and_optimizer_trains_to_fp32_weights(run, base, precision, zero, deepspeed, optimizer):
-    # DeepSpeed compiles what Muon computes, which takes longer than all of this test; eager it is the same.
-    with torch.compiler.set_stance("force_eager"):
-        stage = {"objective": "joint", "steps": 12, "lr": 0.01, "optimizer": optimizer}
-        left = run(stage, precision=precision, zero=zero, deepspeed=deepspeed)
+    stage = {"objective": "joint", "steps": 12, "lr": 0.01, "optimizer": optimizer}
+    left = run(stage, precision=precision, zero=zero, deepspeed=deepspeed)
     assert left.losses[-1] < 0.8 * left.losses[0]
     before, after = weights_of(base), left.weights()
     assert before.keys() == after.keys()
@@ -173,7 +171,7 @@ def poisoned(make_model, make_processor, make_shards, tmp_path) -> dict:
     return {"model": {"path": str(tmp_path / "poisoned")}} | shards
 
 
-PRECISIONS = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+PRECISIONS = [(0, "fp32"), (2, "bf16"), (1, "fp32"), (3, "fp32")]
 
 
 @pytest.mark.parametrize(("zero", "precision"), PRECISIONS)
@@ -185,7 +183,7 @@ def test_a_step_that_is_not_finite_changes_nothing(run, poisoned, zero, precisio
     assert left.losses == ["nan"] * 3
 
 
-@pytest.mark.parametrize(("zero", "precision"), PRECISIONS[:4])
+@pytest.mark.parametrize(("zero", "precision"), PRECISIONS[:2])
 def test_the_other_steps_train_on(run, poisoned, zero, precision):
     settings = {"model": poisoned["model"], "zero": zero, "precision": precision}
     stage = {"objective": "clm", "steps": 24, "batch": 1, "lr": 0.01}
@@ -247,8 +245,7 @@ def test_lora_moves_linear_layers_of_the_language_model_alone(run, save_model, t
     assert not any(word in name for name in changed for word in ("embed", "lm_head", "norm", "wte", "wpe", "ln_"))
 
 
-@pytest.mark.parametrize("freeze", [["vision", "adapters"], []])
-@pytest.mark.parametrize("language", ["qwen3", "gpt2"])
+@pytest.mark.parametrize(("language", "freeze"), [("qwen3", []), ("gpt2", ["vision", "adapters"])])
 def test_the_base_with_its_adapter_is_the_merged_model(run, save_model, tmp_path, language, freeze):
     base = save_model(tmp_path / "base", language, gate_init=0.5)
     left = run(LORA | {"freeze": freeze}, model={"path": base})

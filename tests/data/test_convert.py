@@ -1,0 +1,231 @@
+"""`vlm data convert`: what goes in comes out, every fault is one line with its place, and a failure leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm.data_tools.convert import convert
+from vlm.data_tools.inspect import inspect
+from vlm.errors import RunError, UsageError
+from vlm.shards import Shards
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with `0.png`, `1.jpg`, `2.webp`."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, extension in enumerate(("png", "jpg", "webp")):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.{extension}")
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path):
+    """Writes a source file, a line for each of what is given: an object, or bytes as they are."""
+
+    def write(*lines: Any, name: str = "pairs.jsonl") -> Path:
+        data = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+        (tmp_path / name).write_bytes(b"\n".join(data) + b"\n")
+        return tmp_path / name
+
+    return write
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_images_keep_their_bytes_and_order_and_fields_their_values(source, pictures, tmp_path: Path) -> None:
+    rows = [
+        {"image": "0.png", "caption": "one", "licence": "CC0", "ünïcode": "ß"},
+        {"images": ["2.webp", "0.png", "1.jpg"], "caption": "three"},
+        {"text": "none at all"},
+    ]
+    assert convert(source(*rows), tmp_path / "out", images=pictures) == 3
+    shards = Shards.open(tmp_path / "out")
+    assert [sample.caption or sample.text for sample in shards] == ["one", "three", "none at all"]
+    assert shards[0].extra == {"image": "0.png", "licence": "CC0", "ünïcode": "ß"}
+    assert shards[0].images == ((pictures / "0.png").read_bytes(),)
+    assert shards[1].images == tuple((pictures / name).read_bytes() for name in ("2.webp", "0.png", "1.jpg"))
+    assert [list(entry.read()) for entry in shards.entries][1] == ["0.webp", "1.png", "2.jpg", "json"]
+    assert inspect(tmp_path / "out").faults == []
+
+
+def test_more_than_ten_images_stay_in_order(source, pictures, tmp_path: Path) -> None:
+    names = [f"{number % 3}.{('png', 'jpg', 'webp')[number % 3]}" for number in range(12)]
+    convert(source({"images": names, "caption": "twelve"}), tmp_path / "out", images=pictures)
+    assert Shards.open(tmp_path / "out")[0].images == tuple((pictures / name).read_bytes() for name in names)
+
+
+def test_all_ten_answers_are_kept(source, pictures, tmp_path: Path) -> None:
+    answers = ["red"] * 6 + ["dark red", "maroon", "red", "wine"]
+    official = [{"answer": answer, "answer_id": number} for number, answer in enumerate(answers, 1)]
+    rows = [
+        {"image": "0.png", "question": "Which?", "answers": given, "question_id": 4} for given in (answers, official)
+    ]
+    convert(source(*rows), tmp_path / "out", images=pictures)
+    for sample in Shards.open(tmp_path / "out"):
+        (question,) = sample.questions
+        assert list(question.answers) == answers and question.id == 4 and question.answer == "red"
+
+
+def test_paths_start_beside_the_source_unless_told(source, pictures, tmp_path: Path) -> None:
+    convert(source({"image": "pictures/0.png", "caption": "c"}), tmp_path / "beside")
+    convert(source({"image": str(pictures / "0.png"), "caption": "c"}), tmp_path / "absolute")
+    assert Shards.open(tmp_path / "beside")[0].images == Shards.open(tmp_path / "absolute")[0].images
+
+
+def test_a_byte_order_mark_blank_lines_and_a_missing_last_newline_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}')
+    assert convert(tmp_path / "a.jsonl", tmp_path / "out") == 2
+    assert [sample.text for sample in Shards.open(tmp_path / "out")] == ["a", "b"]
+
+
+def test_converting_again_gives_the_same_bytes(source, pictures, tmp_path: Path) -> None:
+    rows = source({"image": "0.png", "caption": "a"}, {"image": "1.jpg", "caption": "b"})
+    for name in ("one", "two"):
+        convert(rows, tmp_path / name, images=pictures)
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
+    assert one == two
+
+
+# What is refused
+
+
+GOOD = {"text": "good"}
+FAULTS = {
+    "not JSON": (b"{caption: cat}", "not JSON (", "write one object a line"),
+    "cut short": (b'{"text": "ca', "not JSON (", "write one object a line"),
+    "not UTF-8": (b'{"text": "\xe9"}', "not JSON (", "in UTF-8"),
+    "a bomb of brackets": (b"[" * 100_000, "not JSON (", "write one object a line"),
+    "no object": (b"[1]", "a list", "write one object a line"),
+    "both names": ({"image": "0.png", "images": ["0.png"], "text": "t"}, 'both "image" and "images"', "keep one"),
+    "image is a number": ({"image": 3, "text": "t"}, "image paths are not strings", 'write "image": "a.png"'),
+    "empty path": ({"image": "", "text": "t"}, "image paths are not strings", 'write "image": "a.png"'),
+    "images is a word": ({"images": "0.png", "text": "t"}, "image paths are not strings", '"images": ["a.png", …]'),
+    "missing image": ({"image": "no.png", "text": "t"}, "no.png: No such file", "check the path or give --images"),
+    "a folder": ({"image": ".", "text": "t"}, "Is a directory", "check the path or give --images"),
+    "a zero byte": ({"image": "a\0b", "text": "t"}, "null byte", "check the path or give --images"),
+    "an address": ({"image": "https://example.org/a.png", "text": "t"}, "No such file", "check the path"),
+    "no picture": ({"image": "page.png", "text": "t"}, "image {images}/page.png: not a JPEG", "convert it to one"),
+    "truncated": ({"image": "cut.png", "text": "t"}, "cut.png: damaged or truncated", "replace the file"),
+    "empty file": ({"image": "empty.png", "text": "t"}, "empty.png: an empty file", "replace it"),
+    "a bomb of pixels": (
+        {"image": "bomb.png", "text": "t"},
+        "bomb.png: 60000×50000 pixels, the limit is 64000000",
+        "make it smaller",
+    ),
+    "empty question": ({"image": "0.png", "question": " ", "answer": "a"}, "question is empty", "fill it in"),
+    "no answer": ({"image": "0.png", "question": "Why?", "answers": []}, "'Why?' has no answers", "at least one"),
+    "image places": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}] * 2}], "image": "0.png"},
+        "messages have 2 image places for 1 images",
+        "add the images",
+    ),
+    "nothing": ({"licence": "CC0"}, "nothing usable", "give an image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_with_its_place_and_leaves_nothing(fault, source, pictures, tmp_path: Path) -> None:
+    line, says, mend = FAULTS[fault]
+    good = (pictures / "0.png").read_bytes()
+    (pictures / "page.png").write_bytes(b"<html>404</html>")
+    (pictures / "cut.png").write_bytes(good[: len(good) // 2])
+    (pictures / "empty.png").write_bytes(b"")
+    header = b"IHDR" + (60000).to_bytes(4, "big") + (50000).to_bytes(4, "big") + good[24:29]
+    (pictures / "bomb.png").write_bytes(good[:12] + header + zlib.crc32(header).to_bytes(4, "big") + good[33:])
+    rows = source(GOOD, b"", line)
+    before = left_in(tmp_path)
+    with pytest.raises(UsageError) as refusal:
+        convert(rows, tmp_path / "out", images=pictures)
+    text = str(refusal.value)
+    assert text.startswith(f"{rows} line 3: ") and "\n" not in text
+    assert says.format(images=pictures) in text and mend in text
+    assert left_in(tmp_path) == before
+
+
+def test_what_is_asked_for_is_checked_first(source, tmp_path: Path) -> None:
+    rows = source(GOOD)
+    for arguments, says in (
+        ({"format": "parquet"}, "format 'parquet' is not known; use one of jsonl"),
+        ({"src": tmp_path / "no.jsonl"}, "no.jsonl: no such file; check the path"),
+        ({"src": tmp_path}, f"{tmp_path}: no such file"),
+        ({"images": tmp_path / "none"}, "none: no such folder; give the one that image paths start from"),
+        ({"src": source(b"", b" ", name="empty.jsonl")}, "empty.jsonl: no samples; give one JSON object a line"),
+        ({"out": rows}, "pairs.jsonl: already there; choose another folder or remove it"),
+        ({"out": rows / "in"}, "can not be written (File exists); choose another folder"),
+    ):
+        before = left_in(tmp_path)
+        with pytest.raises(UsageError) as refusal:
+            convert(**{"src": rows, "out": tmp_path / "out"} | arguments)
+        assert says in str(refusal.value) and "\n" not in str(refusal.value)
+        assert left_in(tmp_path) == before
+
+
+def test_what_can_not_be_read_is_named(source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    rows = source({"image": "0.png", "text": "t"})
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(UsageError, match="line 1: image .*0.png: Permission denied; check the path"):
+        convert(rows, tmp_path / "out")
+    monkeypatch.setattr("builtins.open", denied)
+    with pytest.raises(UsageError, match="pairs.jsonl: can not be read .Permission denied.; check its permissions"):
+        convert(rows, tmp_path / "out")
+
+
+def test_an_earlier_set_is_not_written_over(source, tmp_path: Path) -> None:
+    convert(source(GOOD), tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UsageError, match="out: already there"):
+        convert(source(GOOD, GOOD), tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["vlm.shards.tarfile.TarFile.addfile", "pathlib.Path.write_text"])
+def test_a_disk_that_runs_full_leaves_nothing(place, source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While samples are written, or the index."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    rows = source(*[GOOD] * 5)
+    monkeypatch.setattr(place, full)
+    with pytest.raises(RunError) as failure:
+        convert(rows, tmp_path / "out")
+    assert str(failure.value) == f"{tmp_path}/out: no space left on the disk; free some and run it again"
+    assert left_in(tmp_path) == {"pairs.jsonl"}
+
+
+def test_killed_half_way_it_leaves_nothing_that_looks_whole(source, tmp_path: Path, monkeypatch) -> None:
+    seen: list[str] = []
+
+    def dies(key: str, parts: dict[str, bytes]) -> None:
+        seen.append(key)
+        if len(seen) == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    rows = source(*[GOOD] * 9)
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.data_tools.convert.parse_sample", dies)
+        child = multiprocessing.get_context("fork").Process(target=convert, args=(rows, tmp_path / "out"))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("index.json"))
+    assert all(name == "pairs.jsonl" or name.startswith(".out.") for name in left_in(tmp_path))
+    assert convert(rows, tmp_path / "out") == 9, "what it left is in nobody's way"
