@@ -85,6 +85,12 @@ class Level:
             colour: tuple(shape for shape in self.shapes if (colour, shape) not in held_out) for colour in self.colours
         }
         object.__setattr__(self, "pairs", pairs)
+        values = {"colour": self.colours, "shape": self.shapes, "size": self.sizes, "texture": self.textures}
+        for kind in self.counts:
+            if all(len(values[attribute]) == 1 for attribute in kind):
+                raise ValueError(
+                    f"level {self.name} counts by {kind}, of which there is 1; nothing else could be shown"
+                )
 
     @property
     def largest_count(self) -> int:

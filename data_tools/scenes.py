@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from vlm.errors import UsageError
 from vlm.files import room_for
+from vlm.machine import usable_cores
 from vlm.shards import ShardWriter, new_folder
 
 from .scene_drawing import draw, encode
@@ -91,7 +91,7 @@ def _samples(
     chunks = [range(start, min(start + CHUNK, number)) for start in range(0, number, CHUNK)]
     work = partial(_make_chunk, level, split, seed)
     width = max(6, len(str(number - 1)))
-    for chunk, made in zip(chunks, _mapped(work, chunks, processes or _usable_cores()), strict=True):
+    for chunk, made in zip(chunks, _mapped(work, chunks, processes or usable_cores()), strict=True):
         for index, parts in zip(chunk, made, strict=True):
             yield f"{index:0{width}d}", parts
 
@@ -104,10 +104,6 @@ def _mapped(work: Any, chunks: list[range], processes: int) -> Iterable[list[dic
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     with multiprocessing.get_context(method).Pool(min(processes, len(chunks))) as pool:
         yield from pool.imap(work, chunks)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _make_chunk(level: Level, split: str, seed: int, indices: range) -> list[dict[str, bytes]]:

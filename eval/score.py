@@ -48,7 +48,9 @@ def score_caption(results: str | Path, annotations: str | Path, out: str | Path 
     """
     said = _predictions(Path(results), "image_id", "caption")
     references: dict[int, list[str]] = {}
-    for entry in _section(Path(annotations), "annotations", ("image_id", "caption")):
+    for place, entry in enumerate(_section(Path(annotations), "annotations", ("image_id", "caption"))):
+        if not isinstance(entry["caption"], str):
+            raise UsageError(f"{annotations}: annotations[{place}] has no caption in words; give the official file")
         references.setdefault(entry["image_id"], []).append(entry["caption"])
     _match(Path(results), list(said), list(references), f"image ids of {annotations}")
     return _written({"metrics": caption_metrics(said, references), "n": len(references)}, out)

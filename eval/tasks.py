@@ -19,7 +19,7 @@ import numpy as np
 from vlm.api import user_turn
 from vlm.samples import Question, Sample, conversations
 
-from .metrics.attributes import Vocabulary, attribute_metrics
+from .metrics.attributes import NOUN, Vocabulary, attribute_metrics
 from .metrics.caption import caption_metrics, cider
 from .metrics.perplexity import perplexity
 from .metrics.retrieval import RANKS, chance_of_hit, recall_both_ways, recall_ceiling
@@ -267,11 +267,12 @@ def _captions(sample: Sample) -> tuple[str, ...]:
 
 
 def _things(sample: Sample) -> tuple[dict[str, str], ...]:
-    """The sample's objects with the attributes that are words; none where the JSON holds no such list."""
+    """The sample's objects with the attributes that are words; none where the JSON holds no list of things with a shape."""
     objects = sample.extra.get("objects")
     if not isinstance(objects, list) or not all(isinstance(thing, Mapping) for thing in objects):
         return ()
-    return tuple({name: word for name, word in thing.items() if isinstance(word, str)} for thing in objects)
+    things = tuple({name: word for name, word in thing.items() if isinstance(word, str)} for thing in objects)
+    return things if all(NOUN in thing for thing in things) else ()
 
 
 def _ids(given: Sequence[Any]) -> list[int]:

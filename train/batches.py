@@ -71,8 +71,8 @@ class Reader:
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Rows to tensors."""
         return {
-            "input_ids": padded([example.ids for example in examples], self.processor.tokenizer.pad_token_id),
-            "attention_mask": padded([np.ones_like(example.ids) for example in examples], 0),
+            "input_ids": padded([one.ids for one in examples], self.processor.tokenizer.pad_token_id, self.longest),
+            "attention_mask": padded([np.ones_like(one.ids) for one in examples], 0, self.longest),
         }
 
     def _text(self, sample: Sample, text: str | None, wanted: str) -> np.ndarray:
@@ -111,7 +111,7 @@ class TextReader(Reader):
         return Example(ids, ids)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return super().collate(examples) | {"labels": padded([example.labels for example in examples], IGNORED)}
+        return super().collate(examples) | {"labels": padded([one.labels for one in examples], IGNORED, self.longest)}
 
 
 class MaskedReader(TextReader):
@@ -179,6 +179,9 @@ class JointReader(Reader):
         ]
         if not every:
             raise SampleError(f"sample {sample.key} has no caption, question or messages")
+        every = [document for document in every if document.is_target.any()]
+        if not every:
+            raise SampleError(f"sample {sample.key} has messages without a turn of the assistant to learn")
         order = rng.permutation(len(every))
         chosen, tokens, questions = [], 0, 0
         for document in (every[place] for place in order):
@@ -235,8 +238,8 @@ class JointReader(Reader):
             np.asarray([self.processor.tokenizer.eos_token_id])
         ]
         return {
-            "pair_input_ids": padded(texts, self.processor.tokenizer.pad_token_id),
-            "pair_attention_mask": padded([np.ones_like(text) for text in texts], 0),
+            "pair_input_ids": padded(texts, self.processor.tokenizer.pad_token_id, self.longest),
+            "pair_attention_mask": padded([np.ones_like(text) for text in texts], 0, self.longest),
             "pair_images": torch.as_tensor(first[rows], dtype=torch.long),
         }
 
@@ -278,7 +281,7 @@ class MicroBatches(Dataset):
         source = self.sources[number]
         reason = ""
         for shift in range(min(len(source), PATIENCE)):
-            place = (index + shift) % len(source)
+            _, place = self.order.at(position, shift)
             try:
                 rng = np.random.default_rng([*self.order.seed, 3, position])
                 example = self.reader.example(source[place], rng)
@@ -315,10 +318,10 @@ def stream(batches: MicroBatches, first: int, workers: int) -> Generator[Batch]:
         yield batch
 
 
-def padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
-    """Rows of numbers, right-padded with `value` to a multiple of 16 -> (B, L) long."""
+def padded(rows: Sequence[np.ndarray], value: int, most: int = ENDLESS) -> Tensor:
+    """Rows of numbers, right-padded with `value` to a multiple of 16, or to `most` if that is less -> (B, L) long."""
     longest = max((len(row) for row in rows), default=0)
-    tensor = torch.full((len(rows), max(TILE, -(-longest // TILE) * TILE)), value)
+    tensor = torch.full((len(rows), min(most, max(TILE, -(-longest // TILE) * TILE))), value)
     for row, numbers in enumerate(rows):
         tensor[row, : len(numbers)] = torch.from_numpy(numbers)
     return tensor
@@ -329,7 +332,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _undisturbed(worker: int) -> None:
-    """A worker ends with its parent, which answers the signals; one that died of them would take a last checkpoint with it."""
+    """A worker ends with its parent, which alone answers the signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -60,9 +60,10 @@ class Checkpoints:
         self.keep = keep
 
     def clear(self) -> None:
-        """Forget those of an earlier run in the same place."""
+        """Remove what an earlier run left in the same place: it would look like this one's."""
         if is_main():
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for name in (self.folder.name, "model", "adapter", "tensorboard"):
+                shutil.rmtree(self.folder.parent / name, ignore_errors=True)
         dist.barrier()
 
     def latest(self) -> tuple[Progress, Path]:

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from vlm.errors import RunError, UsageError
-from vlm.machine import command_line
+from vlm.machine import command_line, usable_cores
 
 
 def process_count(gpus: int | None, processes: int | None) -> int:
@@ -43,7 +43,7 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
     """
     arguments = ["--launched", command_line(), "--config", config, *(["--resume"] if resume else []), *overrides]
     # The launcher passes its own environment on; without this every rank would start a thread for every core.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="vlm-launch-") as folder:

@@ -22,7 +22,7 @@ PLAIN_SECONDS = 10.0
 
 
 class RunLog:
-    """The log of one run; on ranks other than the main one it does nothing.
+    """The log of one run; a context manager. On ranks other than the main one it does nothing.
 
     out: the run's folder. main: whether this rank writes. append: go on with the log that is there (a resumed run).
     """
@@ -32,19 +32,20 @@ class RunLog:
         self._progress: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
         self._last_plain = -math.inf
-        if not main:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        out.mkdir(parents=True, exist_ok=True)
-        self._path = out / "log.jsonl"
-        if append:
-            _drop_half_line(self._path)
-        self._file = open(self._path, "a" if append else "w", encoding="utf-8")
-        self._board = SummaryWriter(str(out / "tensorboard"))
-        self._console = Console(file=sys.stdout)
+        self._out, self._main, self._append = out, main, append
 
     def __enter__(self) -> RunLog:
+        if not self._main:
+            return self
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._out.mkdir(parents=True, exist_ok=True)
+        self._path = self._out / "log.jsonl"
+        if self._append:
+            _drop_half_line(self._path)
+        self._file = open(self._path, "a" if self._append else "w", encoding="utf-8")
+        self._board = SummaryWriter(str(self._out / "tensorboard"))
+        self._console = Console(file=sys.stdout)
         return self
 
     def __exit__(self, *_: object) -> None:

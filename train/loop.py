@@ -67,8 +67,8 @@ class Run:
 def train(config: Config, resume: bool = False, command: str | None = None) -> Path:
     """Train what `config` says and return the folder of the model, OUT/model.
 
-    resume: go on from the newest checkpoint in OUT; else what an earlier run left there is forgotten. command: what was
-    typed, for the log; None: this process's own command. Called on every rank.
+    resume: go on from the newest checkpoint in OUT; else what an earlier run left there is removed, once nothing stands
+    against the new one. command: what was typed, for the log; None: this process's own command. Called on every rank.
     Raises UsageError for what cannot be trained, before the first step, and RunError for a run that failed.
     """
     join()
@@ -84,14 +84,16 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     if resume:
         progress, folder = checkpoints.latest()
     else:
-        checkpoints.clear()
         progress, folder = Progress(), None
     if progress.stage == len(config.stages):
         raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
-    with RunLog(out, is_main(), append=resume) as log, compilation(config, log):
-        run = Run(config, processor, log, checkpoints, train_data, val_data)
-        _check_data(run, model)
+    log = RunLog(out, is_main(), append=resume)
+    run = Run(config, processor, log, checkpoints, train_data, val_data)
+    _check_data(run, model)
+    if not resume:
+        checkpoints.clear()
+    with log, compilation(config, log):
         if is_main():
             with atomic_write(out / "config.yaml", "w") as file:
                 file.write(annotated_yaml(config))
@@ -207,7 +209,7 @@ def validation_batches(run: Run, model: VLMModel, number: int) -> Iterator[Batch
 
 def reader(run: Run, model: VLMModel, stage: Stage) -> Any:
     """What makes the stage's examples."""
-    longest = getattr(model.config.text_config.get_text_config(), "max_position_embeddings", None) or stage.max_tokens
+    longest = model.max_tokens or stage.max_tokens
     return READERS[stage.objective](run.processor, stage, longest, model.config.reading == "causal")
 
 

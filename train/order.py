@@ -29,10 +29,11 @@ class Order:
         self._counts = _shares(weights, BLOCK)  # (sources,)
         self._permutations: dict[tuple[int, int], np.ndarray] = {}
 
-    def at(self, position: int) -> tuple[int, int]:
-        """Source and index within it of the sample at `position` (0, 1, 2, …)."""
+    def at(self, position: int, shift: int = 0) -> tuple[int, int]:
+        """Source and index within it of the sample at `position` (0, 1, 2, …), or of the `shift`-th after it in that source."""
         source, visit = self._visit(position)
         epoch, place = divmod(visit, self.lengths[source])
+        place = (place + shift) % self.lengths[source]
         if not self.shuffle:
             return source, place
         return source, int(self._permutation(source, epoch)[place])

@@ -17,6 +17,7 @@ from transformers import BatchFeature
 
 from vlm.decoding import Decoding, seeded, streamed
 from vlm.errors import UsageError
+from vlm.lora import load_lora, merge_lora
 from vlm.model import VLMModel
 from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, slots_of
 from vlm.saving import decoding_defaults, read
@@ -25,14 +26,26 @@ Item = TypeVar("Item")
 Messages = Sequence[dict[str, Any]]
 
 
-def load(path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> VLM:
+def load(
+    path: str | Path,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantize: None = None,
+    adapter: str | Path | None = None,
+) -> VLM:
     """Load a model folder or a hub id, ready to be asked.
 
-    device "auto": a CUDA GPU if there is one, else the CPU. dtype "auto": as saved.
-    Raises UsageError for a folder that is missing, of another kind, or broken.
+    device "auto": a CUDA GPU if there is one, else the CPU. dtype "auto": as saved. quantize: None, weights as saved.
+    adapter: the OUT/adapter that training with LoRA left, put onto its base and merged.
+    Raises UsageError for a folder that is missing, of another kind, or broken, and for another `quantize`.
     """
+    if quantize is not None:
+        raise UsageError(f"quantize is {quantize!r}; this version loads weights as they are saved, give None")
     place = _device(device)
     model, processor = read(path, dtype)
+    if adapter is not None:
+        load_lora(model, adapter)
+        merge_lora(model.language_model)
     return VLM(model.to(place), processor)
 
 
@@ -70,6 +83,8 @@ class VLM:
         options: the fields of `Decoding` (max_new_tokens, temperature, top_k, top_p, num_beams, seed).
         """
         decoding = Decoding(**options)
+        if isinstance(messages, str):
+            raise UsageError("generate takes conversations, not a string; use complete for plain text")
         conversations = [messages] if _is_conversation(messages) else list(messages)
         prompts = [self._prompt(conversation) for conversation in conversations]
         rows = [pictures_of(conversation) for conversation in conversations]
@@ -81,7 +96,8 @@ class VLM:
         return replies[0].strip() if _is_conversation(messages) else [reply.strip() for reply in replies]
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
-        """The reply that `generate` gives, piece by piece as it is made. Stopping early stops the work.
+        """The reply that `generate` gives, piece by piece as it is made, white space at its ends included. Stopping early
+        stops the work.
 
         options: the fields of `Decoding`; one beam only.
         """
@@ -120,6 +136,8 @@ class VLM:
         Encoder families predict the mask in its place. Decoder families read both ways and predict it from the position
         before it (LLM2Vec, BehnamGhader et al. 2024, section 2.2).
         """
+        if top_k < 1:
+            raise UsageError(f"top_k is {top_k}; it must be at least 1")
         ranked = [self._fill_one(one, top_k) for one in _listed(text)]
         return ranked if isinstance(text, (list, tuple)) else ranked[0]
 
@@ -218,8 +236,12 @@ class VLM:
 
     def _continue(self, inputs: BatchFeature, decoding: Decoding, **extra: Any) -> list[Tensor]:
         """The new tokens of each row."""
-        length = inputs["input_ids"].shape[1]
-        config = decoding.config(decoding_defaults(self.processor), self._check_length(length))
+        rows, length = inputs["input_ids"].shape
+        room = self._check_length(length, new=1)
+        if rows > 1 and room < decoding.max_new_tokens:
+            # The longest of the rows would cut the others short.
+            return [self._continue(_row(inputs, row), decoding)[0] for row in range(rows)]
+        config = decoding.config(decoding_defaults(self.processor), room)
         tokens = self.model.generate(**inputs, generation_config=config, **extra)
         return list(tokens[:, length:])
 
@@ -267,12 +289,12 @@ class VLM:
                 f"language model family {family!r} reads both ways and has no {what}; use a decoder family"
             )
 
-    def _check_length(self, length: int) -> int:
-        """How many positions are left after `length` tokens; UsageError where there is none for the last of them."""
-        text = self.model.config.text_config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None) or length + 2**20
-        if length >= limit:
-            raise UsageError(f"the text has {length} tokens and the language model takes {limit}; shorten it")
+    def _check_length(self, length: int, new: int = 0) -> int:
+        """How many positions are left after `length` tokens; UsageError where `new` of them must be and are not."""
+        limit = self.model.max_tokens or length + 2**20
+        if length + new > limit:
+            more = f" and {new} to come" if new else ""
+            raise UsageError(f"the text has {length} tokens{more} and the language model takes {limit}; shorten it")
         return limit - length
 
 
@@ -280,6 +302,15 @@ def user_turn(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
     """A conversation of one turn: the pictures, then what is asked about them."""
     pictures = [{"type": "image", "image": image} for image in images]
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
+def _row(inputs: BatchFeature, row: int) -> BatchFeature:
+    """One row of a left-padded batch, without its padding; the pictures stay with all rows'."""
+    real = inputs["attention_mask"][row].bool()
+    alone = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
+    if "image_slots" in inputs:
+        alone |= {"pixel_values": inputs["pixel_values"], "image_slots": inputs["image_slots"][row : row + 1]}
+    return BatchFeature(alone)
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -131,7 +131,9 @@ def train_model(
 @app.command("eval")
 def eval_model(
     model: ModelPath,
-    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help="vqa caption retrieval perplexity")],
+    tasks: Annotated[
+        list[str], typer.Argument(metavar="TASK...", help="vqa caption retrieval classification perplexity")
+    ],
     data: Annotated[str, typer.Option(help="shards held out, or a folder of splits with test in it")],
     out: Annotated[Path | None, typer.Option(help="folder for results.json and samples.jsonl")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first so many samples")] = None,
@@ -240,6 +242,10 @@ def ask(
     *images, question = rest
     if not images:
         raise UsageError(f"no picture is given with {question!r}; write vlm ask MODEL IMAGE… QUESTION")
+    if Path(question).is_file():
+        raise UsageError(
+            f"{question} is a file and stands where the question belongs; write vlm ask MODEL IMAGE… QUESTION"
+        )
     import vlm
 
     options = _decoding(max_new_tokens, temperature, top_k, top_p, num_beams, seed)

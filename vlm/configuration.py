@@ -76,14 +76,12 @@ class VisionConfig:
     image_size: (height, width) in pixels; None takes the architecture's own.
     kwargs: passed on to `timm.create_model` (patch_size, embed_dim, depth, num_heads, …).
     stem: "patch" (the architecture's own patch embedding) or "conv" (stride-2 convolutions, Xiao et al. 2021).
-    preprocess: the timm data configuration a picture goes through; None takes the tower's own.
     """
 
     name: str
     image_size: tuple[int, int] | None = None
     kwargs: dict[str, Any] | None = None
     stem: str = "patch"
-    preprocess: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         library = self.name.partition(":")[0]

@@ -51,6 +51,11 @@ class Decoding:
         ):
             if not fits:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be {wanted}")
+        for name in ("top_k", "top_p"):
+            if self.temperature == 0 and getattr(self, name) is not None:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)} and temperature is 0, which does not sample; raise one"
+                )
 
     def config(self, defaults: GenerationConfig, room: int) -> GenerationConfig:
         """The same for Hugging Face's `generate`, with a model's `defaults` (token ids) and no more than `room` tokens."""

@@ -202,6 +202,12 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         return Visual(image_keys_values, sees, mask[:, None])
 
     @property
+    def max_tokens(self) -> int | None:
+        """How many tokens the language model has positions for; None where it names no limit."""
+        limit = getattr(self.language_model.config.get_text_config(), "max_position_embeddings", None)
+        return limit - self._first_position if limit else None
+
+    @property
     def _first_position(self) -> int:
         """RoBERTa and its kin count positions from after their padding id; the others count from 0."""
         embeddings: Any = getattr(self.language_model.base_model, "embeddings", None)

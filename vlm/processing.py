@@ -154,8 +154,9 @@ class VLMProcessor(ProcessorMixin):
         """Text with `<image>` places, and the pictures for them.
 
         images: one picture, a list for one text, or a list of lists for several texts; each place takes one, in order.
-        Returns input_ids and attention_mask (B, L), and with pictures pixel_values (n, 3, H, W) and image_slots (B, M),
-        the flat index of each row's pictures, -1 where a slot is empty. Raises UsageError where places and pictures differ.
+        Returns input_ids and attention_mask (B, L), left-padded unless `padding_side` says otherwise, and with pictures
+        pixel_values (n, 3, H, W) and image_slots (B, M), the flat index of each row's pictures, -1 where a slot is empty.
+        Raises UsageError where places and pictures differ.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         rows = _rows_of_images(images, len(texts))
@@ -164,6 +165,7 @@ class VLMProcessor(ProcessorMixin):
         for words, pictures in zip(texts, rows, strict=True):
             check_places(words, len(pictures))
         kwargs.setdefault("add_special_tokens", False)
+        kwargs.setdefault("padding_side", "left")  # what is generated goes on from the last token of every row
         data = dict(self.tokenizer(texts, return_tensors=return_tensors, padding=padding, **kwargs))
         data.pop("token_type_ids", None)
         flat = [picture for pictures in rows for picture in pictures]
@@ -214,7 +216,8 @@ class VLMProcessor(ProcessorMixin):
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self._render(messages[:turn], add_generation_prompt=True)
+            # Before an opening turn of the assistant stands nothing, and no template renders nothing.
+            asked = self._render(messages[:turn], add_generation_prompt=True) if turn else ""
             answered = self._render(messages[: turn + 1])
             if not asked.startswith(done) or not answered.startswith(asked):
                 raise UsageError(
@@ -240,6 +243,8 @@ class VLMProcessor(ProcessorMixin):
         content = message["content"]
         if isinstance(content, str):
             return {**message, "content": self.plain(content)}
+        if unknown := [part["type"] for part in content if part["type"] not in ("image", "text")]:
+            raise UsageError(f"a message has a part of type {unknown[0]!r}; parts are of type 'image' or 'text'")
         parts = [
             {"type": "image"} if part["type"] == "image" else {"type": "text", "text": self.plain(part["text"])}
             for part in content
@@ -277,6 +282,10 @@ def pictures_of(messages: Iterable[dict]) -> list[Any]:
             picture = next((part[name] for name in ("image", "path", "url") if part.get(name) is not None), None)
             if picture is None:
                 raise UsageError("an image part names no picture; write {'type': 'image', 'image': PATH_OR_PICTURE}")
+            if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+                raise UsageError(
+                    f"{picture}: addresses are not fetched; download the picture and give its path or bytes"
+                )
             pictures.append(picture)
     return pictures
 

@@ -6,13 +6,12 @@ training state, devices, or what the model is asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
@@ -52,18 +51,12 @@ CAUSAL_USAGE = 'model.caption("picture.jpg")\nmodel.answer("picture.jpg", "What 
 MASKED_USAGE = 'model.fill_mask("The <mask> is shining.")\nmodel.embed_image("picture.jpg")'
 
 
-def save(
-    model: VLMModel, processor: VLMProcessor, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
-) -> None:
-    """Write a model folder; it appears whole or not at all.
-
-    state_dict: weights to write instead of the model's own (gathered from several ranks). Raises RunError where the disk
-    refuses.
-    """
+def save(model: VLMModel, processor: VLMProcessor, folder: str | Path) -> None:
+    """Write a model folder; it appears whole or not at all. Raises RunError where the disk refuses."""
     folder = Path(folder)
     try:
         with atomic_folder(folder) as fresh, _quiet():
-            model.save_pretrained(fresh, state_dict=state_dict)
+            model.save_pretrained(fresh)
             processor.save_pretrained(fresh)
             if model.config.reading == "causal":
                 decoding_defaults(processor).save_pretrained(fresh)

@@ -11,6 +11,7 @@ import torch
 
 import vlm
 from vlm.api import user_turn
+from vlm.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +328,51 @@ def test_new_tokens_stop_where_the_positions_end(make_model, make_processor):
     """GPT-2 has learned positions and nothing beyond them."""
     short = vlm.VLM(make_model("gpt2"), make_processor())
     assert short.complete("a" * 250, max_new_tokens=64) == short.complete("a" * 250, max_new_tokens=6)
+
+
+# Mistakes, and the edges
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.fill_mask("a <mask> b", top_k=0), "top_k is 0"),
+        (lambda m: m.generate("hello"), "takes conversations, not a string"),
+        (lambda m: m.complete("a", top_k=5), "top_k is 5 and temperature is 0"),
+        (lambda m: m.generate([{"role": "user", "content": [{"type": "video"}]}]), "part of type 'video'"),
+        (lambda m: m.caption("https://example.com/a.jpg"), "addresses are not fetched"),
+    ],
+)
+def test_a_mistake_is_named(call, says, make_model, make_processor):
+    with pytest.raises(UsageError, match=says):
+        call(vlm.VLM(make_model(), make_processor()))
+
+
+def test_quantize_is_none(tmp_path):
+    with pytest.raises(UsageError, match="quantize is 'int8'"):
+        vlm.load(tmp_path, quantize="int8")
+
+
+def test_a_text_that_the_assistant_opens_has_a_likelihood(make_model, make_processor):
+    model = vlm.VLM(make_model(), make_processor())
+    ((told, tokens),) = model.loglikelihood([[{"role": "assistant", "content": "hi"}]])
+    assert told < 0 and tokens == 3, "two letters and the end"
+
+
+def test_a_long_neighbour_cuts_no_reply_short(make_model, make_processor):
+    model = vlm.VLM(make_model(), make_processor())
+    alone = model.complete("hello", max_new_tokens=40)
+    together = model.complete(["hello", "a" * 250], max_new_tokens=40)
+    assert together == [alone, model.complete("a" * 250, max_new_tokens=40)]
+
+
+def test_what_the_processor_pads_can_be_generated_from(make_model, make_processor):
+    processor, model = make_processor(), make_model()
+    turns = [[{"role": "user", "content": text}] for text in ("hi", "a longer question")]
+    options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+    batch = processor.apply_chat_template(turns, **options)
+    together = model.generate(**batch, max_new_tokens=5)[:, batch["input_ids"].shape[1] :]
+    for turn, reply in zip(turns, together, strict=True):
+        inputs = processor.apply_chat_template(turn, **options)
+        alone = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+        assert reply.tolist()[: len(alone)] == alone.tolist()

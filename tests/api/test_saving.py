@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import vlm
 from vlm import saving
 from vlm.api import user_turn
+from vlm.lora import add_lora, base_hash, merge_lora, save_lora
 from vlm.saving import save
 
 HELD = {
@@ -66,11 +67,20 @@ def test_decoding_defaults_are_saved(folder):
     assert defaults["eos_token_id"] == [1] and defaults["pad_token_id"] == 0 and defaults["suppress_tokens"] == [3]
 
 
-def test_given_weights_are_written_instead_of_the_models_own(make_model, make_processor, tmp_path):
-    other = make_model(seed=1)
-    save(make_model(), make_processor(), tmp_path / "model", state_dict=other.state_dict())
-    again = vlm.load(tmp_path / "model").model.state_dict()
-    assert all(torch.equal(again[name], value) for name, value in other.state_dict().items())
+def test_an_adapter_is_put_onto_its_base_and_merged(folder, tmp_path):
+    trained = vlm.load(folder).model
+    base = base_hash(trained.state_dict())
+    add_lora(trained.language_model, r=2)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    save_lora(trained, tmp_path / "adapter", base, {})
+    merge_lora(trained.language_model)
+    again = vlm.load(folder, adapter=tmp_path / "adapter").model.state_dict()
+    assert set(again) == set(trained.state_dict()), "nothing of the update is left beside the weights"
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(again[name], value)
 
 
 def test_transformers_finds_it(folder, make_picture):

@@ -163,7 +163,8 @@ def test_damage_is_found_named_and_exit_1(damage: str, shards: Path, capsys: pyt
     assert any(says in fault for fault in faults) and all("\n" not in fault for fault in faults)
     assert run(["data", "inspect", str(shards)]) == 1
     out, err = capsys.readouterr()
-    assert err == f"error: {shards}: {len(faults)} faults, the first: {faults[0]}\n"
+    count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults, the first"
+    assert err == f"error: {shards}: {count}: {faults[0]}\n"
     assert "fault: " in out and "samples" in out, "what could be read is counted all the same"
 
 

@@ -145,7 +145,14 @@ def test_easy_pictures_have_one_two_and_three_things_as_announced() -> None:
 @LEVELS
 def test_pixels_show_the_colour_at_the_centre(level: Level) -> None:
     plain = dataclasses.replace(
-        level, textures=("plain",), noise=0.0, gap=0.1, shapes=("circle", "square"), held_out=()
+        level,
+        textures=("plain",),
+        counts={("colour",): 1},
+        comparisons={("colour",): 1},
+        noise=0.0,
+        gap=0.1,
+        shapes=("circle", "square"),
+        held_out=(),
     )
     for index in range(20):
         sample = parse_sample("k", make_sample(plain, "train", 0, index))

@@ -66,8 +66,8 @@ def test_settings_do_not_change():
         Decoding().temperature = 1.0
 
 
-def test_greedy_ignores_what_sampling_would_use():
-    config = Decoding(top_k=3, top_p=0.5).config(DEFAULTS, room=100)
+def test_greedy_takes_the_models_own_tokens():
+    config = Decoding().config(DEFAULTS, room=100)
     assert config.do_sample is False and config.eos_token_id == [1] and config.suppress_tokens == [3]
 
 

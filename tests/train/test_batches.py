@@ -328,10 +328,9 @@ def test_a_broken_sample_gives_way_to_the_next_and_is_told(batches, make_shards,
     data = batches(make_shards(tmp_path / "set", fields), objective="contrastive", size=4)
     batch = data[0]
     texts = data.reader.processor.tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
-    assert sorted(texts) == ["good", *["good as well"] * 3]
+    assert len(texts) == 4 and set(texts) == {"good", "good as well"}
     told = dict(batch["skipped"])
     assert told.keys() == {"b", "c"} and "has no picture" in told["c"]
-    assert [key for key, _ in batch["skipped"]].count("c") == 2, "once at its own place and once in b's"
     assert batch["samples"] == 4
 
 

@@ -41,9 +41,8 @@ def test_away_from_a_terminal_few_lines_are_printed(tmp_path, capsys):
 
 def test_a_fresh_run_starts_anew_and_a_resumed_one_goes_on(tmp_path):
     for append, expected in ((False, 1), (True, 2), (False, 1)):
-        log = RunLog(tmp_path, main=True, append=append)
-        log.step(stage=0, step=1, loss=1.0)
-        log.close()
+        with RunLog(tmp_path, main=True, append=append) as log:
+            log.step(stage=0, step=1, loss=1.0)
         log.close()
         assert len(lines(tmp_path)) == expected
 

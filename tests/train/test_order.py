@@ -72,3 +72,9 @@ def test_shares_add_up_and_leave_nobody_out(weights):
     exact = np.asarray(weights) / sum(weights) * BLOCK
     assert shares.sum() == BLOCK and shares.min() >= 1
     assert np.all(np.abs(shares - np.maximum(1, exact)) <= len(weights))
+
+
+def test_what_gives_way_is_followed_by_the_next_of_its_own_epoch():
+    order = Order([7], [1.0], [0])
+    assert [order.at(3, shift)[1] for shift in range(4)] == [order.at(3 + place)[1] for place in range(4)]
+    assert sorted(order.at(3, shift)[1] for shift in range(7)) == list(range(7)), "all of the source are tried"
