@@ -41,7 +41,7 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
 
     Raises the first failure of a rank as UsageError or RunError, with the rank's own words.
     """
-    arguments = ["--launched", command_line(), "--config", config, *(["--resume"] if resume else []), *overrides]
+    arguments = [f"--launched={command_line()}", "--config", config, *(["--resume"] if resume else []), *overrides]
     # The launcher passes its own environment on; without this every rank would start a thread for every core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     for name in ("multiprocessing.api", "agent.server.api"):

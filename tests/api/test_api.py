@@ -332,6 +332,8 @@ def test_new_tokens_stop_where_the_positions_end(make_model, make_processor):
 
 # Mistakes, and the edges
 
+WORDS = [{"type": "text", "text": "a"}]
+
 
 @pytest.mark.parametrize(
     ("call", "says"),
@@ -339,7 +341,10 @@ def test_new_tokens_stop_where_the_positions_end(make_model, make_processor):
         (lambda m: m.fill_mask("a <mask> b", top_k=0), "top_k is 0"),
         (lambda m: m.generate("hello"), "takes conversations, not a string"),
         (lambda m: m.complete("a", top_k=5), "top_k is 5 and temperature is 0"),
-        (lambda m: m.generate([{"role": "user", "content": [{"type": "video"}]}]), "part of type 'video'"),
+        (
+            lambda m: m.generate([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "a"}]}]),
+            "part of type 'video'",
+        ),
         (lambda m: m.caption("https://example.com/a.jpg"), "addresses are not fetched"),
     ],
 )

@@ -124,7 +124,6 @@ def test_generation_with_a_cache_batched_and_padded_equals_each_prompt_alone(cau
     "config",
     [
         hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2),
-        hf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2, rotary_dim=8),
         hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
         hf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2),
         hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),

@@ -310,7 +310,7 @@ def refused(run, words: str, *stages, **fields) -> None:
 
 
 def nothing_was_trained(out) -> bool:
-    return not (out / "model").exists() and not (out / "log.jsonl").read_text()
+    return not (out / "model").exists() and not (out / "log.jsonl").exists()
 
 
 def test_a_stage_whose_data_holds_nothing(run, make_shards, tmp_path):
@@ -319,6 +319,14 @@ def test_a_stage_whose_data_holds_nothing(run, make_shards, tmp_path):
     words = "^stages.1: none of 2 samples of .*/text can be used by objective joint; the last: sample . has no caption"
     refused(run, words, *stages, data={"train": text})
     assert nothing_was_trained(tmp_path / "run")
+
+
+def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(run, make_shards, pairs, tmp_path):
+    run({"objective": "clm"}, data={"train": pairs})
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    text = make_shards(tmp_path / "text", {"a": {"text": "x"}})
+    refused(run, "^stages.0: none of 1 samples", {"objective": "contrastive"}, data={"train": text})
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
 
 
 def test_a_source_that_holds_nothing_however_small_its_share(run, make_shards, pairs, tmp_path):
