@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
+import timm
 import torch
 import transformers as hf
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import vlm
@@ -111,6 +115,26 @@ def picture_of(seed: int = 0, size: tuple[int, int] = (40, 36)) -> Image.Image:
     """Random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def towers_in(folder: Path) -> dict[str, str]:
+    """Saves tiny random towers as timm and transformers do, in folders `vision` and `text`; gives their paths."""
+    torch.manual_seed(0)
+    tiny = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, **tiny)
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": tiny, "pretrained_cfg": {}}
+    (folder / "vision").mkdir()
+    (folder / "vision" / "config.json").write_text(json.dumps(config))
+    save_file(trunk.state_dict(), folder / "vision" / "model.safetensors")
+    hf.AutoModelForCausalLM.from_config(text_config("llama")).save_pretrained(folder / "text")
+    byte_tokenizer().save_pretrained(folder / "text")
+    return {name: str(folder / name) for name in ("vision", "text")}
+
+
+@pytest.fixture(scope="session")
+def make_towers():
+    """`towers_in`."""
+    return towers_in
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
-import torch
 import yaml
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 from vlm.cli import run
 from vlm.data_tools.scenes import generate_scenes
@@ -28,7 +24,6 @@ BIN = Path(sys.executable).parent
 # What makes a recipe of minutes one of seconds.
 TINY = "vision.width=32 vision.depth=1 vision.heads=2 text.width=32 text.depth=1 text.heads=2".split()
 FEW = "stages.0.steps=1 stages.0.batch=4 stages.1.steps=1 stages.1.batch=4 precision=fp32 data.workers=0".split()
-TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 
 
 def blocks(language: str) -> list[str]:
@@ -40,7 +35,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, make_model, make_processor, make_picture, make_text_config, make_tokenizer) -> Path:
+def place(tmp_path_factory, make_model, make_processor, make_picture, make_towers) -> Path:
     """A folder with everything that the README's commands speak of, tiny."""
     folder = tmp_path_factory.mktemp("readme")
     generate_scenes(folder / "runs" / "scenes", train=4, val=2, test=2, processes=1)
@@ -63,20 +58,8 @@ def place(tmp_path_factory, make_model, make_processor, make_picture, make_text_
     }
     for name, content in official.items():
         (folder / name).write_text(json.dumps(content))
-    save_towers(folder, make_text_config, make_tokenizer)
+    make_towers(folder)
     return folder
-
-
-def save_towers(folder: Path, make_text_config, make_tokenizer) -> None:
-    """Tiny random towers in `vision` and `text`, in place of the pretrained ones that the README names."""
-    torch.manual_seed(0)
-    (folder / "vision").mkdir()
-    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY_VIT)
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": TINY_VIT, "pretrained_cfg": {}}
-    (folder / "vision" / "config.json").write_text(json.dumps(config))
-    save_file(trunk.state_dict(), folder / "vision" / "model.safetensors")
-    AutoModelForCausalLM.from_config(make_text_config("llama")).save_pretrained(folder / "text")
-    make_tokenizer().save_pretrained(folder / "text")
 
 
 def smaller(words: list[str]) -> list[str]:

@@ -6,10 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import timm
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 
 import vlm
 from vlm.data_tools.scenes import generate_scenes
@@ -25,7 +21,6 @@ TINY = [
     "text.heads=2",
     "model.tokenizer.vocab_size=300",
 ]
-TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +32,9 @@ def scenes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory, make_text_config, make_tokenizer) -> dict[str, str]:
+def towers(tmp_path_factory, make_towers) -> dict[str, str]:
     """Tiny random checkpoints on disk, as timm and transformers save them."""
-    folder = tmp_path_factory.mktemp("towers")
-    torch.manual_seed(0)
-    for name in ("vision", "text"):
-        (folder / name).mkdir()
-    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0, **TINY_VIT)
-    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": TINY_VIT, "pretrained_cfg": {}}
-    (folder / "vision" / "config.json").write_text(json.dumps(config))
-    save_file(trunk.state_dict(), folder / "vision" / "model.safetensors")
-    AutoModelForCausalLM.from_config(make_text_config("llama")).save_pretrained(folder / "text")
-    make_tokenizer().save_pretrained(folder / "text")
-    return {name: str(folder / name) for name in ("vision", "text")}
+    return make_towers(tmp_path_factory.mktemp("towers"))
 
 
 @pytest.mark.parametrize("name", sorted(packaged_configs()))
