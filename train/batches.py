@@ -9,6 +9,7 @@ Shapes: B rows, L tokens padded to a multiple of 16, n pictures, M picture slots
 from __future__ import annotations
 
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +56,7 @@ class Example:
     faults: list[str] = field(default_factory=list)
 
 
-class Reader:
+class Reader(ABC):
     """Makes examples of samples and batches of examples. longest: tokens that the language model has positions for."""
 
     def __init__(self, processor: VLMProcessor, stage: Stage, longest: int, predicts_next: bool) -> None:
@@ -64,9 +65,9 @@ class Reader:
         self.longest = min(longest, stage.max_tokens)
         self.predicts_next = predicts_next
 
+    @abstractmethod
     def example(self, sample: Sample, rng: np.random.Generator) -> Example:
         """Raises SampleError where the sample holds nothing for this objective, UsageError for a picture that is broken."""
-        raise NotImplementedError
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """Rows to tensors."""

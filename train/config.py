@@ -205,6 +205,8 @@ class Stage(_Section):
             raise ValueError(f"steps {self.steps} and minutes {self.minutes:g} are both set; remove one")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change one")
+        if self.optimizer == "muon" and self.clip not in (0.0, type(self).model_fields["clip"].default):
+            raise ValueError(f"clip is {self.clip:g}, and optimizer muon has no limit; remove clip")
         for name, objectives in OBJECTIVE_ONLY.items():
             if self.objective not in objectives and getattr(self, name) != type(self).model_fields[name].default:
                 belongs = " or ".join(objectives)

@@ -9,6 +9,7 @@ numbers in the logs are made to be averaged in the same way.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ Batch = dict[str, Any]
 Logs = dict[str, Tensor]
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """A model with what it is trained for."""
 
     def __init__(self, model: VLMModel, stage: Stage) -> None:
@@ -31,17 +32,17 @@ class Objective(nn.Module):
         self.model = model
         self.stage = stage
 
+    @abstractmethod
     def reads(self) -> tuple[str, ...]:
         """How the names of the parameters begin that the loss depends on; others would only decay."""
-        raise NotImplementedError
 
+    @abstractmethod
     def targets(self, batch: Batch) -> int:
         """How many things this batch asks to be predicted."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
         """The loss, and numbers to log."""
-        raise NotImplementedError
 
 
 class Contrastive(Objective):

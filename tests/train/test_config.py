@@ -190,3 +190,10 @@ def test_every_field_is_documented():
 def test_adapter_section_is_the_models_own():
     theirs = {field.name: field.default for field in dataclasses.fields(AdapterConfig)}
     assert {name: info.default for name, info in Adapter.model_fields.items()} == theirs
+
+
+def test_a_clip_that_muon_would_ignore_is_refused(yaml_file):
+    config = yaml_file(MINIMAL)
+    assert load_config(config, ["stages.0.optimizer=muon", "stages.0.clip=0"]).stages[0].clip == 0
+    with pytest.raises(UsageError, match="stages.0: clip is 0.5, and optimizer muon has no limit"):
+        load_config(config, ["stages.0.optimizer=muon", "stages.0.clip=0.5"])
