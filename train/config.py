@@ -1,7 +1,7 @@
 """What a training config may say: its fields, their defaults and their contradictions.
 
 Knows names, types and numbers. Knows nothing of models, data or DeepSpeed objects. Each field's description is its
-documentation: `annotated_yaml` writes it beside the value.
+documentation: `vlm.settings.annotated_yaml` writes it beside the value.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -26,22 +24,17 @@ from pydantic import (
 )
 
 from vlm.errors import UsageError
-
-from .explain import explain
-from .settings import COMMAND_LINE, Settings, flow, read_settings
+from vlm.settings import COMMAND_LINE, Section, Settings, read_settings
+from vlm.settings_faults import explain
 
 SHORTHANDS = {"vision": "model.vision", "text": "model.text", "adapter": "model.adapter"}
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def _as_pair(value: Any) -> Any:
     return [value, value] if isinstance(value, int) else value
 
 
-class VisionSizes(_Section):
+class VisionSizes(Section):
     """A vision tower by its architecture's name, with its sizes changed where they are given."""
 
     name: str = Field(description="timm:ARCHITECTURE or open_clip:ARCHITECTURE")
@@ -57,7 +50,7 @@ class VisionSizes(_Section):
     options: dict[str, Any] = Field({}, description="anything else of timm.create_model or open_clip.create_model")
 
 
-class TextSizes(_Section):
+class TextSizes(Section):
     """A language model from scratch: a Hugging Face family and its sizes."""
 
     family: str = Field(description="model_type of a Hugging Face family: qwen3, llama, gpt2, bert, …")
@@ -70,7 +63,7 @@ class TextSizes(_Section):
     options: dict[str, Any] = Field({}, description="anything else of the family's own configuration class")
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """The gated cross-attention adapters; the fields of `vlm.configuration.AdapterConfig`."""
 
     every: PositiveInt = Field(1, description="an adapter before each every-th layer of the language model")
@@ -94,14 +87,14 @@ VisionSpec = Annotated[Annotated[str, Tag("<name>")] | Annotated[VisionSizes, Ta
 TextSpec = Annotated[Annotated[str, Tag("<name>")] | Annotated[TextSizes, Tag("<sizes>")], Discriminator(_is_name)]
 
 
-class Tokenizer(_Section):
+class Tokenizer(Section):
     """The tokenizer of a language model that is trained from scratch."""
 
     vocab_size: PositiveInt = Field(4096, description="most tokens that the trained byte-level BPE may have")
     path: str | None = Field(None, description="one that exists, Hugging Face id or path, instead")
 
 
-class Model(_Section):
+class Model(Section):
     """What is trained."""
 
     path: str | None = Field(None, description="go on from this saved model, instead of vision and text")
@@ -127,7 +120,7 @@ class Model(_Section):
         return self
 
 
-class Source(_Section):
+class Source(Section):
     """One set of shards among several."""
 
     path: str = Field(description="folder with index.json, a .tar, or {00000..00012}.tar")
@@ -139,7 +132,7 @@ def _as_sources(value: Any) -> Any:
     return [{"path": item} if isinstance(item, str) else item for item in listed]
 
 
-class Data(_Section):
+class Data(Section):
     """What it learns from."""
 
     train: Annotated[list[Source], BeforeValidator(_as_sources)] = Field(
@@ -149,7 +142,7 @@ class Data(_Section):
     workers: NonNegativeInt = Field(2, description="processes per rank that read and decode")
 
 
-class Lora(_Section):
+class Lora(Section):
     """Low-rank updates in place of full ones (Hu et al. 2021), by peft."""
 
     r: PositiveInt = Field(8, description="rank")
@@ -168,7 +161,7 @@ OBJECTIVE_ONLY = {
 }
 
 
-class Stage(_Section):
+class Stage(Section):
     """One stage of training; it starts from what the one before left."""
 
     objective: Literal["contrastive", "joint", "clm", "mlm"] = Field(
@@ -214,21 +207,21 @@ class Stage(_Section):
         return self
 
 
-class Checkpoint(_Section):
+class Checkpoint(Section):
     """Resumable states under OUT/checkpoints."""
 
     every: PositiveInt = Field(500, description="optimizer steps between two")
     keep: PositiveInt = Field(3, description="how many of the newest stay")
 
 
-class Validation(_Section):
+class Validation(Section):
     """Scores on data.val while it trains."""
 
     every: PositiveInt = Field(500, description="optimizer steps between two")
     samples: PositiveInt = Field(256, description="samples of data.val each time")
 
 
-class Config(_Section):
+class Config(Section):
     """A whole run."""
 
     seed: NonNegativeInt = Field(0, description="decides every random number of the run")
@@ -302,33 +295,3 @@ def _let_command_line_choose(settings: Settings) -> None:
             given = [settings.marks.get(("stages", index, name)) == COMMAND_LINE for name in (chosen, other)]
             if isinstance(stage, dict) and given == [True, False]:
                 stage.pop(other, None)
-
-
-# Documentation
-
-
-def annotated_yaml(config: Config) -> str:
-    """The config as YAML that `load_config` reads back, each field with its description, the first time it occurs."""
-    return "\n".join(_lines(config, "", set())) + "\n"
-
-
-def _lines(section: BaseModel, indent: str, told: set[tuple[type, str]]) -> list[str]:
-    lines = []
-    for name, info in type(section).model_fields.items():
-        value = getattr(section, name)
-        help_line = "" if (type(section), name) in told else f"# {info.description}"
-        told.add((type(section), name))
-        if isinstance(value, BaseModel):
-            lines += [_beside(f"{indent}{name}:", help_line), *_lines(value, indent + "  ", told)]
-        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
-            lines.append(_beside(f"{indent}{name}:", help_line))
-            for item in value:
-                first, *rest = _lines(item, indent + "    ", told)
-                lines += [f"{indent}  - {first.strip()}", *rest]
-        else:
-            lines.append(_beside(f"{indent}{name}: {flow(value)}", help_line))
-    return lines
-
-
-def _beside(line: str, help_line: str) -> str:
-    return f"{line:<40} {help_line}".rstrip()

@@ -33,12 +33,13 @@ from vlm.machine import environment, peak_memory_gib
 from vlm.model import VLMModel
 from vlm.processing import VLMProcessor
 from vlm.saving import save
+from vlm.settings import annotated_yaml
 from vlm.shards import Shards
 
 from .batches import READERS, Batch, MicroBatches, on_device, stream
 from .build import build
 from .checkpoint import Checkpoints, Progress, full_weights, plain_model
-from .config import Config, Stage, annotated_yaml
+from .config import Config, Stage
 from .deepspeed_config import deepspeed_config, micro_batch_size
 from .log import RunLog
 from .objectives import OBJECTIVES

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from vlm.errors import UsageError
-from vlm.train.config import annotated_yaml
+from vlm.settings import annotated_yaml
 from vlm.train.loop import train
 
 CLOCK = ("seconds", "samples_per_second")

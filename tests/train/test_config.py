@@ -9,7 +9,8 @@ import pytest
 
 from vlm.configuration import AdapterConfig
 from vlm.errors import UsageError
-from vlm.train.config import Adapter, Config, annotated_yaml, load_config, packaged_configs
+from vlm.settings import annotated_yaml
+from vlm.train.config import Adapter, Config, load_config, packaged_configs
 
 MINIMAL = """\
 out: runs/x

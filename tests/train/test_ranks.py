@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from vlm.errors import UsageError
 from vlm.lora import load_lora
 from vlm.saving import read
+from vlm.settings import annotated_yaml
 from vlm.shards import Shards
 from vlm.train.batches import READERS, MicroBatches
-from vlm.train.config import annotated_yaml, load_config
+from vlm.train.config import load_config
 from vlm.train.launch import launch
 from vlm.train.loop import train
 from vlm.train.order import Order

@@ -1,4 +1,4 @@
-"""Reads a YAML file into plain values and remembers the line each one came from.
+"""Reads a YAML file into plain values and remembers the line each one came from; writes sections with their descriptions.
 
 Knows YAML, `base:` files and command-line overrides. Knows nothing of what the keys mean.
 
@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict
 
 from vlm.errors import UsageError
 
 Place = tuple[str | int, ...]
 COMMAND_LINE = "command line"
+
+
+class Section(BaseModel):
+    """Keys that belong together; an unknown one or a wrong type is refused. A field's description documents it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -191,3 +198,33 @@ def _plain_value(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
+
+
+# Documentation
+
+
+def annotated_yaml(section: BaseModel) -> str:
+    """A section as YAML that reads back equal, each field with its description, the first time it occurs."""
+    return "\n".join(_lines(section, "", set())) + "\n"
+
+
+def _lines(section: BaseModel, indent: str, told: set[tuple[type, str]]) -> list[str]:
+    lines = []
+    for name, info in type(section).model_fields.items():
+        value = getattr(section, name)
+        help_line = "" if (type(section), name) in told else f"# {info.description}"
+        told.add((type(section), name))
+        if isinstance(value, BaseModel):
+            lines += [_beside(f"{indent}{name}:", help_line), *_lines(value, indent + "  ", told)]
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
+            lines.append(_beside(f"{indent}{name}:", help_line))
+            for item in value:
+                first, *rest = _lines(item, indent + "    ", told)
+                lines += [f"{indent}  - {first.strip()}", *rest]
+        else:
+            lines.append(_beside(f"{indent}{name}: {flow(value)}", help_line))
+    return lines
+
+
+def _beside(line: str, help_line: str) -> str:
+    return f"{line:<40} {help_line}".rstrip()

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .settings import Place, Settings, flow, name_of
+from vlm.settings import Place, Settings, flow, name_of
 
 EXPECTED = {
     "int_type": "a whole number",
