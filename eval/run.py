@@ -94,7 +94,7 @@ def evaluate(
     outcomes = []
     for split, folder in splits.items():
         shards = Shards.open(folder)
-        samples = Shards(shards.entries[:limit])
+        samples = shards.first(limit)
         looks = _looks(samples, loaded, blind, shuffled)
         for task in wanted:
             items = task.items(samples, loaded.processor.caption_prompt)

@@ -166,7 +166,7 @@ class Captioning(Writing):
     name, headline, needs, max_new_tokens = "caption", "CIDEr", "images with captions", 64
 
     def items(self, samples: Sequence[Sample], caption_prompt: str) -> list[Item]:
-        told = [(n, s, _captions(s)) for n, s in enumerate(samples) if s.images and _captions(s)]
+        told = [(n, s, s.captions) for n, s in enumerate(samples) if s.images and s.captions]
         ids = _ids([sample.extra.get("image_id") for _, sample, _ in told])
         return [
             Item(i, n, sample.key, caption_prompt, captions, things=_things(sample))
@@ -192,8 +192,8 @@ class Retrieval(Matching):
     name, headline, needs, pairs = "retrieval", "image_to_text_R@1", "images with captions", 500
 
     def items(self, samples: Sequence[Sample], caption_prompt: str) -> list[Item]:
-        told = ((n, s) for n, s in enumerate(samples) if len(s.images) == 1 and _captions(s))
-        return [Item(i, n, s.key, "", _captions(s)[:1]) for i, (n, s) in enumerate(islice(told, self.pairs))]
+        told = ((n, s) for n, s in enumerate(samples) if len(s.images) == 1 and s.captions)
+        return [Item(i, n, s.key, "", s.captions[:1]) for i, (n, s) in enumerate(islice(told, self.pairs))]
 
     def score(self, items: Sequence[Item], outputs: np.ndarray) -> Scored:
         texts = self.texts(items)
@@ -257,13 +257,6 @@ TASKS = {task.name: task for task in _ALL}
 
 def _answer_score(said: str, answers: Sequence[str]) -> float:
     return exact_match(said, answers[0]) if len(answers) == 1 else question_accuracy(said, answers)
-
-
-def _captions(sample: Sample) -> tuple[str, ...]:
-    several = sample.extra.get("captions")
-    if isinstance(several, list) and several and all(isinstance(caption, str) for caption in several):
-        return tuple(several)
-    return (sample.caption,) if sample.caption else ()
 
 
 def _things(sample: Sample) -> tuple[dict[str, str], ...]:

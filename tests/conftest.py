@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["VLM_CACHE"] = str(Path(tempfile.gettempdir(), "vlm-tests-cache"))
 
 import numpy as np
 import pytest

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.errors import RunError, UsageError
 from vlm.losses import IGNORED, mask_tokens
 from vlm.processing import VLMProcessor, slots_of
-from vlm.samples import Question, Sample, SampleError, conversations, pair_text
+from vlm.samples import Question, Sample, SampleError, conversations, pair_text, pair_texts
 from vlm.shards import Shards
 
 from .config import Stage
@@ -76,6 +76,11 @@ class Reader(ABC):
             "attention_mask": padded([np.ones_like(one.ids) for one in examples], 0, self.longest),
         }
 
+    def _pair_text(self, sample: Sample, rng: np.random.Generator) -> np.ndarray:
+        """Token ids of one of the texts that go with the sample's pictures, drawn anew at each visit."""
+        texts = pair_texts(sample) or (None,)
+        return self._text(sample, texts[int(rng.integers(len(texts)))], "caption or question to go with its picture")
+
     def _text(self, sample: Sample, text: str | None, wanted: str) -> np.ndarray:
         """Token ids of a text closed by eos."""
         if text is None:
@@ -95,7 +100,7 @@ class PairReader(Reader):
     def example(self, sample: Sample, rng: np.random.Generator) -> Example:
         if not sample.images:
             raise SampleError(f"sample {sample.key} has no picture")
-        ids = self._text(sample, pair_text(sample), "caption or question to go with its picture")
+        ids = self._pair_text(sample, rng)
         return Example(ids, ids, self.processor.pixels(sample.images[:1]))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
@@ -159,7 +164,7 @@ class JointReader(Reader):
         ids = np.concatenate([document.ids for document in documents])
         is_target = np.concatenate([document.is_target for document in documents])
         places = [np.cumsum(document.ids == self.processor.image_token_id) - 1 for document in documents]
-        pairs = self.stage.contrastive_weight > 0 and sample.images and pair_text(sample)
+        pairs = self.stage.contrastive_weight > 0 and sample.images and pair_texts(sample)
         return Example(
             ids=ids,
             labels=np.where(is_target, ids, IGNORED),
@@ -168,7 +173,7 @@ class JointReader(Reader):
             documents=np.repeat(np.arange(1, len(documents) + 1), lengths),
             token_image=np.concatenate(places),
             types=[document.question.type or "untyped" if document.question else None for document in documents],
-            pair=self._text(sample, pairs, "caption").tolist() if pairs else None,
+            pair=self._pair_text(sample, rng).tolist() if pairs else None,
             faults=faults,
         )
 
@@ -288,12 +293,12 @@ class MicroBatches(Dataset):
                 example = self.reader.example(source[place], rng)
             except UsageError as error:
                 reason = str(error)
-                skipped.append((source.entries[place].key, reason))
+                skipped.append((source.entry(place).key, reason))
                 continue
-            skipped += [(source.entries[place].key, fault) for fault in example.faults]
+            skipped += [(source.entry(place).key, fault) for fault in example.faults]
             return example
         objective = self.reader.stage.objective
-        shards = source.entries[index].shard.parent
+        shards = source.entry(index).shard.parent
         tried = min(len(source), PATIENCE)
         raise UsageError(
             f"none of {tried} samples of {shards} can be used by objective {objective}; the last: {reason}"

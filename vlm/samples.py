@@ -18,7 +18,7 @@ from vlm.errors import UsageError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 ROLES = ("system", "user", "assistant")
 _IMAGE_PART = re.compile(rf"(?:(\d+)\.)?({'|'.join(IMAGE_EXTENSIONS)})")
-_FIELDS = ("caption", "question", "answer", "answers", "type", "question_id", "qa", "messages", "text")
+_FIELDS = ("caption", "captions", "question", "answer", "answers", "type", "question_id", "qa", "messages", "text")
 
 
 class SampleError(UsageError):
@@ -51,6 +51,12 @@ class Sample:
     messages: tuple[dict[str, Any], ...] = ()
     text: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    other_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Everything that was said of the pictures as a whole; `caption` comes first."""
+        return (self.caption, *self.other_captions) if self.caption else ()
 
 
 def is_image_part(extension: str) -> bool:
@@ -66,41 +72,49 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
     """
     fields = _json_fields(key, parts)
     images = tuple(parts[name] for name in sorted(filter(is_image_part, parts), key=_image_order))
+    listed = _captions(key, fields.get("captions"))
     caption = fields.get("caption")
     if caption is None and "txt" in parts:
         caption = _utf8(key, "txt", parts["txt"]).strip()
+    caption = _optional_text(key, "caption", caption) or (listed[0] if listed else None)
     sample = Sample(
         key=key,
         images=images,
-        caption=_optional_text(key, "caption", caption),
+        caption=caption,
         questions=_questions(key, fields),
         messages=_messages(key, fields.get("messages"), len(images)),
         text=_optional_text(key, "text", fields.get("text")),
         extra={name: value for name, value in fields.items() if name not in _FIELDS},
+        other_captions=tuple(other for other in listed if other != caption),
     )
     if not (sample.images or sample.caption or sample.questions or sample.messages or sample.text):
         raise SampleError(f"sample {key}: nothing usable in {sorted(parts)}; give an image, .txt or .json part")
     return sample
 
 
-def pair_text(sample: Sample) -> str | None:
-    """The text that belongs to the sample's pictures as a whole: its caption, else its first question and answer."""
+def pair_texts(sample: Sample) -> tuple[str, ...]:
+    """The texts that belong to the sample's pictures as a whole: its captions, else its first question and answer."""
     if sample.caption:
-        return sample.caption
+        return sample.captions
     if sample.questions:
-        return f"{sample.questions[0].text} {sample.questions[0].answer}"
-    return None
+        return (f"{sample.questions[0].text} {sample.questions[0].answer}",)
+    return ()
+
+
+def pair_text(sample: Sample) -> str | None:
+    """The first of `pair_texts`."""
+    return next(iter(pair_texts(sample)), None)
 
 
 def conversations(sample: Sample, caption_prompt: str) -> list[tuple[list[dict[str, Any]], Question | None]]:
     """Every training document of a sample as chat messages, with the question it asks (None for caption and chat).
 
-    The caption answers `caption_prompt`; each question is a document of its own; the sample's messages are one as they
+    Each caption answers `caption_prompt`; each question is a document of its own; the sample's messages are one as they
     stand. A sample of plain text has none.
     """
     documents: list[tuple[list[dict[str, Any]], Question | None]] = []
-    if sample.caption and sample.images:
-        documents.append((_exchange(sample, caption_prompt, sample.caption), None))
+    if sample.images:
+        documents += [(_exchange(sample, caption_prompt, caption), None) for caption in sample.captions]
     for question in sample.questions:
         documents.append((_exchange(sample, question.text, question.answer), question))
     if sample.messages:
@@ -156,6 +170,15 @@ def _optional_text(key: str, name: str, value: Any) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     return _text(key, name, value)
+
+
+def _captions(key: str, captions: Any) -> tuple[str, ...]:
+    if captions is None:
+        return ()
+    if not isinstance(captions, list):
+        raise SampleError(f"sample {key}: captions is a {type(captions).__name__}; write a list of strings")
+    given = (_optional_text(key, "one of captions", caption) for caption in captions)
+    return tuple(caption for caption in given if caption is not None)
 
 
 def _questions(key: str, fields: dict[str, Any]) -> tuple[Question, ...]:

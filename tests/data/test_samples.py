@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vlm.errors import UsageError
-from vlm.samples import Question, SampleError, conversations, is_image_part, pair_text, parse_sample
+from vlm.samples import Question, SampleError, conversations, is_image_part, pair_text, pair_texts, parse_sample
 
 
 def parts(**fields: Any) -> dict[str, bytes]:
@@ -116,3 +116,13 @@ def test_every_document_becomes_a_conversation() -> None:
 
 def test_text_and_captions_without_pictures_are_no_conversation() -> None:
     assert conversations(parse_sample("k", parts(text="t", caption="c")), "Describe.") == []
+
+
+def test_several_captions_are_all_kept_in_order() -> None:
+    sample = parse_sample("a", {"png": b"", "json": b'{"captions": ["one", " ", "two", "three"], "caption": "two"}'})
+    assert sample.caption == "two" and sample.captions == ("two", "one", "three")
+    assert parse_sample("a", {"json": b'{"captions": ["one", "two"]}'}).captions == ("one", "two")
+    prompts = [messages[1]["content"][0]["text"] for messages, _ in conversations(sample, "Describe it.")]
+    assert prompts == ["two", "one", "three"] and pair_texts(sample) == ("two", "one", "three")
+    with pytest.raises(SampleError, match="captions is a str; write a list of strings"):
+        parse_sample("a", {"json": b'{"captions": "one"}'})
