@@ -1,100 +1,147 @@
 """Other people's files into shards.
 
-Knows source formats: what a line says and where its images lie. Knows nothing of training. Images are copied byte for
-byte, once they are found to open.
+Knows how rows of a source become shards on several cores, and what to do with those that can not be used. Knows nothing
+of any one format or of training. Images are copied byte for byte, once they are found to be whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from vlm.errors import UsageError
-from vlm.files import room_for
-from vlm.images import open_image
+from vlm.images import check_image, extension_of
 from vlm.samples import SampleError, parse_sample
-from vlm.shards import ShardWriter
+from vlm.shards import write_index
+from vlm.storage import Folder, join
 
-EXTENSIONS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}
+from .engines import LocalEngine
+from .job import STATE, Engine, PieceWriter, job
+from .sources import SOURCES, Record, Source
+
+SKIPPED = "skipped.jsonl"
+PATIENCE = 1000  # samples in a row, from the first, of which none can be used: it is the source and not the sample
 
 
 @dataclass(frozen=True)
-class Record:
-    """One sample of a source: where it stands there, its fields as `interface.md` names them, its image files."""
+class Converted:
+    """What a conversion left: samples in shards, and samples that could not be used, each with a line of skipped.jsonl."""
 
-    place: str
-    key: str
-    fields: dict[str, Any]
-    images: tuple[Path, ...]
+    samples: int
+    skipped: int
 
 
-def convert(src: str | Path, out: str | Path, format: str = "jsonl", images: str | Path | None = None) -> int:
-    """Write the samples of `src` as shards into the new folder `out` and return how many there are.
+def convert(
+    src: str | Path,
+    out: str | Path,
+    format: str = "jsonl",
+    images: str | Path | None = None,
+    *,
+    samples_per_shard: int = 1000,
+    shard_bytes: int | None = None,
+    max_skipped: float = 0.1,
+    engine: Engine | None = None,
+    **options: Any,
+) -> Converted:
+    """Write the samples of `src` as shards into the new folder `out`, a path or an address.
 
-    `images` is the folder that image paths start from; the source's own by default. Raises UsageError naming the place
-    in the source and the mend for the first thing that is wrong, and leaves nothing then.
+    images: the folder that image paths start from; by default the source's own. A shard holds so many rows of the source,
+    and at most `shard_bytes`. options: those of the format. Samples that can not be used are left out and named in
+    OUT/skipped.jsonl; if they are more than the share `max_skipped`, UsageError names the first and nothing is left.
+    Killed and started again with the same arguments it goes on where it was; the bytes do not depend on that, nor on the
+    engine.
     """
-    if format not in READERS:
-        raise UsageError(f"format {format!r} is not known; use one of {', '.join(READERS)}")
-    source = Path(src)
-    if not source.is_file():
-        raise UsageError(f"{source}: no such file; check the path")
-    root = Path(images) if images is not None else source.parent
-    if not root.is_dir():
-        raise UsageError(f"{root}: no such folder; give the one that image paths start from")
-    number = 0
-    with room_for(out), ShardWriter(out) as writer:
-        for record in READERS[format](source, root):
-            writer.write(record.key, _parts(record))
-            number += 1
-        if not number:
-            raise UsageError(f"{source}: no samples; give one JSON object a line")
-    return number
+    if format not in SOURCES:
+        raise UsageError(f"format {format!r} is not known; use one of {', '.join(SOURCES)}")
+    source = SOURCES[format](Path(src), Path(images) if images is not None else None, **options)
+    rows_per_piece = 1 if source.whole_shards else samples_per_shard
+    settings = _settings(source, format, rows_per_piece, shard_bytes)
+    with job(out, settings, engine or LocalEngine()) as work:
+        scratch = Path(work.scratch("source").place)
+        pieces = _batched(source.rows(scratch), rows_per_piece)
+        done = work.run("convert", partial(_convert_piece, source, shard_bytes), pieces, source.count())
+        results = list(_usable(done, max_skipped))
+        counts = Converted(sum(one["samples"] for one in results), sum(one["skipped"] for one in results))
+        if not counts.samples:
+            raise UsageError(f"{source.src}: no samples; {source.empty}")
+        _gather_skipped(work.folder, work.scratch("skipped"))
+        write_index(work.folder.place, [shard for one in results for shard in one["shards"]])
+    return counts
 
 
-def read_jsonl(source: Path, root: Path) -> Iterator[Record]:
-    """One JSON object a line; its images under "image" (one path) or "images" (a list). Blank lines are passed over."""
-    for number, line in _lines(source):
-        place = f"{source} line {number}"
+def _settings(source: Source, format: str, rows_per_piece: int, shard_bytes: int | None) -> dict[str, Any]:
+    """What the output depends on: an unfinished one of other settings, or of a source since changed, is not gone on with."""
+    stat = source.src.stat()
+    told = {name: str(value) for name, value in sorted(vars(source).items())}
+    return {
+        "format": format,
+        "source": told,
+        "size": stat.st_size,
+        "changed": stat.st_mtime_ns,
+        "shards": [rows_per_piece, shard_bytes],
+    }
+
+
+def _usable(results: Iterable[dict[str, Any]], max_skipped: float) -> Iterator[dict[str, Any]]:
+    """The results, as long as not too many samples had to be skipped."""
+    samples = skipped = 0
+    first = None
+    for result in results:
+        samples, skipped = samples + result["samples"], skipped + result["skipped"]
+        first = first or result["first"]
+        if not samples and skipped >= PATIENCE:
+            break
+        yield result
+    total = samples + skipped
+    if skipped > max_skipped * total:
+        raise UsageError(
+            f"{first} ({skipped} of {total} samples can not be used, and {max_skipped:.0%} may; mend them or raise "
+            "--max-skipped)"
+        )
+
+
+def _convert_piece(
+    source: Source, shard_bytes: int | None, folder: Folder, number: int, rows: Sequence[Any]
+) -> dict[str, Any]:
+    """Some rows into a shard, and a file of those that could not be used."""
+    faults: list[str] = []
+    with PieceWriter(folder, number, shard_bytes) as writer:
+        for record in _records(source, rows, faults):
+            try:
+                writer.write(record.key, _parts(record))
+            except UsageError as error:
+                faults.append(str(error))
+    if faults:
+        with Folder(join(folder.place, f"{STATE}/skipped")).write(f"{number:05d}.jsonl") as file:
+            file.writelines((json.dumps({"reason": fault}, ensure_ascii=False) + "\n").encode() for fault in faults)
+    samples = sum(shard["samples"] for shard in writer.shards)
+    return {
+        "shards": writer.shards,
+        "samples": samples,
+        "skipped": len(faults),
+        "first": faults[0] if faults else None,
+    }
+
+
+def _records(source: Source, rows: Sequence[Any], faults: list[str]) -> Iterator[Record]:
+    for row in rows:
         try:
-            fields = json.loads(line.decode("utf-8-sig"))
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{place}: not JSON ({error}); write one object a line, in UTF-8") from None
-        if not isinstance(fields, dict):
-            raise UsageError(f"{place}: a {type(fields).__name__}; write one object a line")
-        paths = tuple(root / path for path in _image_paths(place, fields))
-        yield Record(place, f"{number:08d}", fields, paths)
-
-
-READERS: dict[str, Callable[[Path, Path], Iterator[Record]]] = {"jsonl": read_jsonl}
-
-
-def _lines(source: Path) -> Iterator[tuple[int, bytes]]:
-    try:
-        with open(source, "rb") as file:
-            yield from ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-    except OSError as error:
-        raise UsageError(f"{source}: can not be read ({error.strerror}); check its permissions") from None
-
-
-def _image_paths(place: str, fields: dict[str, Any]) -> list[str]:
-    if "image" in fields and "images" in fields:
-        raise UsageError(f'{place}: both "image" and "images"; keep one')
-    paths = [fields["image"]] if fields.get("image") is not None else fields.get("images") or []
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise UsageError(f'{place}: image paths are not strings; write "image": "a.png" or "images": ["a.png", …]')
-    return paths
+            yield from source.records(row)
+        except UsageError as error:
+            faults.append(str(error))
 
 
 def _parts(record: Record) -> dict[str, bytes]:
     """The sample's files. Several images are numbered in their order."""
     parts = {}
-    for number, path in enumerate(record.images):
-        data = _image_bytes(record.place, path)
-        extension = next(name for magic, name in EXTENSIONS.items() if data.startswith(magic))
+    for number, image in enumerate(record.images):
+        data = _image_bytes(record.place, image)
+        extension = extension_of(data)
         parts[extension if len(record.images) == 1 else f"{number}.{extension}"] = data
     parts["json"] = json.dumps(record.fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
     try:
@@ -104,14 +151,29 @@ def _parts(record: Record) -> dict[str, bytes]:
     return parts
 
 
-def _image_bytes(place: str, path: Path) -> bytes:
+def _image_bytes(place: str, image: Path | bytes) -> bytes:
+    name = "its image" if isinstance(image, bytes) else f"image {image}"
     try:
-        data = path.read_bytes()
+        data = image if isinstance(image, bytes) else image.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{place}: image {path}: {reason}; check the path or give --images") from None
+        raise UsageError(f"{place}: {name}: {reason}; check the path or give --images") from None
     try:
-        open_image(data, name=f"image {path}")
+        check_image(data, name=name)
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from None
     return data
+
+
+def _gather_skipped(folder: Folder, pieces: Folder) -> None:
+    """The pieces' files of skipped samples as one, where there are any."""
+    names = pieces.names()
+    if names:
+        with folder.write(SKIPPED) as file:
+            for name in names:
+                file.write(pieces.read(name) or b"")
+
+
+def _batched(rows: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(rows, size)):
+        yield batch

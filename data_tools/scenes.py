@@ -7,24 +7,24 @@ the business of `scene_world`, `scene_drawing` and `scene_language`.
 from __future__ import annotations
 
 import json
-import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from vlm.errors import UsageError
-from vlm.files import room_for
-from vlm.machine import usable_cores
-from vlm.shards import ShardWriter, new_folder
+from vlm.shards import write_index
+from vlm.storage import Folder, join
 
+from .engines import LocalEngine
+from .job import Engine, PieceWriter, job
 from .scene_drawing import draw, encode
 from .scene_language import caption, questions
 from .scene_world import LEVELS, Level, Scene, Thing, compose
 
 COMPOSITIONAL = "test-compositional"
-CHUNK = 100  # pictures that a process makes at a time
+SAMPLES_PER_SHARD = 1000
 
 
 def generate_scenes(
@@ -34,12 +34,12 @@ def generate_scenes(
     val: int = 500,
     test: int = 500,
     seed: int = 0,
-    processes: int | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, int]:
     """Write OUT/train, OUT/val, OUT/test and OUT/test-compositional (as many as test) and return their sizes.
 
-    The same arguments give the same bytes, whatever the number of processes (default: one per usable core). `out`
-    appears whole or not at all. Raises UsageError for a level that does not exist, a split without pictures, or an
+    The same arguments give the same bytes, whatever the engine (default: a process per usable core). `out` appears
+    whole or not at all. Raises UsageError for a level that does not exist, a split without pictures, or an
     `out` that does.
     """
     if isinstance(level, str) and level not in LEVELS:
@@ -49,11 +49,12 @@ def generate_scenes(
     for split, number in splits.items():
         if number < 1:
             raise UsageError(f"{split} is {number} pictures; use at least 1")
-    with room_for(out), new_folder(out) as folder:
-        for split, number in splits.items():
-            with ShardWriter(folder / split) as writer:
-                for key, parts in _samples(config, split, number, seed, processes):
-                    writer.write(key, parts)
+    settings = {"scenes": splits, "level": repr(config), "seed": seed}
+    with job(out, settings, engine or LocalEngine()) as work:
+        done = list(work.run("draw", partial(_draw_piece, config, seed), _pieces(splits), sum(splits.values())))
+        for split in splits:
+            shards = [shard for piece in done if piece["split"] == split for shard in piece["shards"]]
+            write_index(join(work.folder.place, split), shards)
     return splits
 
 
@@ -85,26 +86,17 @@ def _object(level: Level, thing: Thing) -> dict[str, Any]:
     return {**named, "x": round(thing.x, 4), "y": round(thing.y, 4), "radius": round(thing.radius, 4)}
 
 
-def _samples(
-    level: Level, split: str, number: int, seed: int, processes: int | None
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    chunks = [range(start, min(start + CHUNK, number)) for start in range(0, number, CHUNK)]
-    work = partial(_make_chunk, level, split, seed)
-    width = max(6, len(str(number - 1)))
-    for chunk, made in zip(chunks, _mapped(work, chunks, processes or usable_cores()), strict=True):
-        for index, parts in zip(chunk, made, strict=True):
-            yield f"{index:0{width}d}", parts
+def _draw_piece(level: Level, seed: int, folder: Folder, number: int, piece: tuple[str, range, int]) -> dict[str, Any]:
+    """One shard of a split: the pictures of these numbers, their keys `width` digits wide."""
+    split, indices, width = piece
+    with PieceWriter(Folder(join(folder.place, split)), indices.start // SAMPLES_PER_SHARD) as writer:
+        for index in indices:
+            writer.write(f"{index:0{width}d}", make_sample(level, split, seed, index))
+    return {"split": split, "samples": len(indices), "shards": writer.shards}
 
 
-def _mapped(work: Any, chunks: list[range], processes: int) -> Iterable[list[dict[str, bytes]]]:
-    if processes == 1 or len(chunks) == 1:
-        yield from map(work, chunks)
-        return
-    # Forked where that exists: a fresh interpreter would take longer to import the package than to draw the pictures.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    with multiprocessing.get_context(method).Pool(min(processes, len(chunks))) as pool:
-        yield from pool.imap(work, chunks)
-
-
-def _make_chunk(level: Level, split: str, seed: int, indices: range) -> list[dict[str, bytes]]:
-    return [make_sample(level, split, seed, index) for index in indices]
+def _pieces(splits: dict[str, int]) -> Iterator[tuple[str, range, int]]:
+    for split, number in splits.items():
+        width = max(6, len(str(number - 1)))
+        for start in range(0, number, SAMPLES_PER_SHARD):
+            yield split, range(start, min(start + SAMPLES_PER_SHARD, number)), width

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_make_demo(tmp_path):
-    generate_scenes(tmp_path / "scenes", train=80, val=6, test=4, processes=1)
+    generate_scenes(tmp_path / "scenes", train=80, val=6, test=4)
     settings = [f"VENV={sys.prefix}", f"SCENES={tmp_path}/scenes", f"OUT={tmp_path}/demo", "MINUTES=0.02"]
     # The tests themselves may run under make, whose flags would reach this one.
     alone = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}

@@ -38,7 +38,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 def place(tmp_path_factory, make_model, make_processor, make_picture, make_towers) -> Path:
     """A folder with everything that the README's commands speak of, tiny."""
     folder = tmp_path_factory.mktemp("readme")
-    generate_scenes(folder / "runs" / "scenes", train=4, val=2, test=2, processes=1)
+    generate_scenes(folder / "runs" / "scenes", train=4, val=2, test=2)
     save(make_model(gate_init=0.5), make_processor(), folder / "runs" / "demo" / "model")
     shutil.copytree(ROOT / "configs", folder / "configs", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (folder / "pictures").mkdir()

@@ -14,11 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm.cli_data import QUIET, data
 from vlm.errors import RunError, UsageError
 
-QUIET: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train vision-language models, ask them, and score them.", no_args_is_help=True, **QUIET)
-data = typer.Typer(help="Make, convert and inspect shards.", no_args_is_help=True, **QUIET)
 score = typer.Typer(help="The official numbers for a file of predictions.", no_args_is_help=True, **QUIET)
 app.add_typer(data, name="data")
 app.add_typer(score, name="score")
@@ -31,63 +30,6 @@ TopK = Annotated[int | None, typer.Option(help="sample among the k likeliest tok
 TopP = Annotated[float | None, typer.Option(help="sample among the likeliest tokens that hold p of the probability")]
 Beams = Annotated[int, typer.Option(help="beam search with this many beams")]
 Seed = Annotated[int | None, typer.Option(help="makes sampling repeatable")]
-
-
-# Data
-
-
-@data.command("scenes")
-def data_scenes(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to make: train, val, test, test-compositional")],
-    level: Annotated[str, typer.Option(help="easy (64 pixels, for CPUs) or hard (224 pixels, for GPUs)")] = "easy",
-    train: Annotated[int, typer.Option(help="pictures to learn from")] = 20000,
-    val: Annotated[int, typer.Option(help="pictures for validation")] = 500,
-    test: Annotated[int, typer.Option(help="pictures held out, and as many with unseen pairs")] = 500,
-    seed: Annotated[int, typer.Option(help="other seeds give other pictures")] = 0,
-) -> None:
-    """Generate the built-in image–text set, as shards.
-
-    Example: vlm data scenes runs/scenes --train 20000
-    """
-    from vlm.data_tools.scenes import generate_scenes
-
-    for split, number in generate_scenes(out, level=level, train=train, val=val, test=test, seed=seed).items():
-        print(f"{out / split}: {number} pictures")
-
-
-@data.command("convert")
-def data_convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="what to convert")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder of shards to make")],
-    format: Annotated[str, typer.Option(help="jsonl: one object a line, images as relative paths")] = "jsonl",
-    images: Annotated[Path | None, typer.Option(help="folder of the images; default: beside SRC")] = None,
-) -> None:
-    """Convert a data set to shards.
-
-    Example: vlm data convert pairs.jsonl shards/pairs --format jsonl --images pictures
-    """
-    from vlm.data_tools.convert import convert
-
-    print(f"{out}: {convert(source, out, format=format, images=images)} samples")
-
-
-@data.command("inspect")
-def data_inspect(
-    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="folder with index.json, a .tar, or {000..012}.tar")],
-) -> None:
-    """Count and check what is in shards; exit code 1 on a fault.
-
-    Example: vlm data inspect runs/scenes/train
-    """
-    import rich
-
-    from vlm.data_tools.inspect import inspect
-
-    report = inspect(shards)
-    rich.print(report)
-    if report.faults:
-        count = f"{len(report.faults)} faults, the first" if len(report.faults) > 1 else "1 fault"
-        raise RunError(f"{shards}: {count}: {report.faults[0]}")
 
 
 # Training
@@ -108,7 +50,8 @@ def train_model(
 
     Example: vlm train configs/scratch.yaml data.train=SHARDS data.val=SHARDS out=runs/mine stages.0.steps=100
     """
-    from vlm.train.config import annotated_yaml, load_config
+    from vlm.settings import annotated_yaml
+    from vlm.train.config import load_config
 
     settings = load_config(config, overrides)
     if print_config:

@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlm.errors import UsageError
+from vlm.image_structure import whole_size
 
 MAX_PIXELS = 64_000_000
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -29,6 +30,7 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"RIFF": WebPImageFile,
 }
+_EXTENSIONS = dict(zip(_READERS, ("jpg", "png", "webp"), strict=True))
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
@@ -54,6 +56,22 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{path}: can not be opened ({reason}); give a readable image file") from None
+
+
+def extension_of(data: bytes) -> str:
+    """`jpg`, `png` or `webp` by the first bytes of an encoded picture that `open_image` or `check_image` took."""
+    return next(name for magic, name in _EXTENSIONS.items() if data.startswith(magic))
+
+
+def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS, name: str = "the image") -> None:
+    """Raise UsageError as `open_image` does, without decoding where the file's own structure tells that it is whole.
+
+    A PNG carries a checksum of every chunk; in a JPEG a cut or a foreign piece shows as a marker that has no business
+    there, and what does not show is no error to a decoder either. A file that is odd in any way is decoded.
+    """
+    size = whole_size(data)
+    if size is None or size[0] * size[1] > max_pixels:
+        open_image(data, max_pixels=max_pixels, name=name)
 
 
 def _from_array(array: np.ndarray, name: str) -> Image.Image:

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm.data_tools.convert import convert
+import vlm.data_tools.convert
+from vlm.data_tools.convert import Converted, convert
+from vlm.data_tools.engines import LocalEngine
 from vlm.data_tools.inspect import inspect
 from vlm.errors import RunError, UsageError
 from vlm.shards import Shards
@@ -53,7 +55,7 @@ def test_images_keep_their_bytes_and_order_and_fields_their_values(source, pictu
         {"images": ["2.webp", "0.png", "1.jpg"], "caption": "three"},
         {"text": "none at all"},
     ]
-    assert convert(source(*rows), tmp_path / "out", images=pictures) == 3
+    assert convert(source(*rows), tmp_path / "out", images=pictures) == Converted(3, 0)
     shards = Shards.open(tmp_path / "out")
     assert [sample.caption or sample.text for sample in shards] == ["one", "three", "none at all"]
     assert shards[0].extra == {"image": "0.png", "licence": "CC0", "ünïcode": "ß"}
@@ -89,7 +91,7 @@ def test_paths_start_beside_the_source_unless_told(source, pictures, tmp_path: P
 
 def test_a_byte_order_mark_blank_lines_and_a_missing_last_newline_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}')
-    assert convert(tmp_path / "a.jsonl", tmp_path / "out") == 2
+    assert convert(tmp_path / "a.jsonl", tmp_path / "out").samples == 2
     assert [sample.text for sample in Shards.open(tmp_path / "out")] == ["a", "b"]
 
 
@@ -99,6 +101,107 @@ def test_converting_again_gives_the_same_bytes(source, pictures, tmp_path: Path)
         convert(rows, tmp_path / name, images=pictures)
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("one", "two"))
     assert one == two
+
+
+# On several cores, killed, and with faults among the samples
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(source, pictures, tmp_path: Path) -> None:
+    rows = source(*[{"image": f"{n % 3}.{('png', 'jpg', 'webp')[n % 3]}", "caption": str(n)} for n in range(95)])
+    for processes in (1, 2):
+        engine = LocalEngine(processes)
+        convert(rows, tmp_path / str(processes), images=pictures, samples_per_shard=10, engine=engine)
+    assert written(tmp_path / "1") == written(tmp_path / "2") and len(written(tmp_path / "1")) == 11
+    assert [sample.caption for sample in Shards.open(tmp_path / "2")] == [str(number) for number in range(95)]
+
+
+def test_a_shard_is_no_larger_than_asked_for(source, tmp_path: Path) -> None:
+    rows = source(*[{"text": "x" * 3000}] * 25)
+    convert(rows, tmp_path / "out", samples_per_shard=10, shard_bytes=20_480)
+    index = json.loads((tmp_path / "out" / "index.json").read_text())["shards"]
+    assert [shard["file"] for shard in index][:4] == ["00000.tar", "00000-1.tar", "00001.tar", "00001-1.tar"]
+    assert all(shard["bytes"] <= 20_480 for shard in index) and len(Shards.open(tmp_path / "out")) == 25
+
+
+def test_samples_that_can_not_be_used_are_counted_and_named(source, pictures, tmp_path: Path) -> None:
+    """One in a hundred: the others are converted, and each of these has its line."""
+    good, bad = {"image": "0.png", "caption": "good"}, {"image": "cut.png", "caption": "bad"}
+    (pictures / "cut.png").write_bytes((pictures / "0.png").read_bytes()[:-80])
+    rows = source(*[bad if number % 100 == 37 else good for number in range(1200)])
+    counts = convert(rows, tmp_path / "out", images=pictures, samples_per_shard=100, engine=LocalEngine(2))
+    assert counts == Converted(samples=1188, skipped=12) and len(Shards.open(tmp_path / "out")) == 1188
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert len(reasons) == 12
+    for number, reason in enumerate(reasons):
+        assert reason.startswith(f"{rows} line {number * 100 + 38}: image ") and "truncated" in reason
+    assert inspect(tmp_path / "out").faults == []
+
+
+@pytest.mark.parametrize("count", [7, 5000])
+def test_where_nothing_can_be_used_it_stops(count, source, pictures, tmp_path: Path) -> None:
+    """And does not go through a million of them first."""
+    rows = source(*[{"image": "no.png", "caption": "c"}] * count)
+    with pytest.raises(UsageError) as refusal:
+        convert(rows, tmp_path / "out", images=pictures)
+    assert f"{min(count, 1000)} of {min(count, 1000)} samples can not be used, and 10% may" in str(refusal.value)
+    assert left_in(tmp_path) == {"pairs.jsonl", "pictures"}
+
+
+def test_more_may_be_skipped_when_told(source, tmp_path: Path) -> None:
+    rows = source({"text": "good"}, b"bad")
+    assert convert(rows, tmp_path / "out", max_skipped=0.5) == Converted(1, 1)
+
+
+def test_a_mistake_in_the_program_is_no_skipped_sample(source, tmp_path: Path, monkeypatch) -> None:
+    def mistaken(*_: object) -> None:
+        raise TypeError("a mistake")
+
+    monkeypatch.setattr("vlm.data_tools.convert.parse_sample", mistaken)
+    with pytest.raises(TypeError, match="a mistake"):
+        convert(source(*[{"text": "t"}] * 30), tmp_path / "out", samples_per_shard=10, engine=LocalEngine(2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_and_started_again_it_goes_on(source, tmp_path: Path, monkeypatch) -> None:
+    """Nothing is written twice, and the bytes are those of a run that nobody killed."""
+    rows = source(*[{"text": str(number)} for number in range(60)])
+    convert(rows, tmp_path / "straight", samples_per_shard=10)
+    real, made = vlm.data_tools.convert.parse_sample, []
+
+    def dies(key: str, parts: dict[str, bytes]) -> Any:
+        made.append(key)
+        if len(made) == 35:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(key, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.data_tools.convert.parse_sample", dies)
+        arguments = {"src": rows, "out": tmp_path / "out", "samples_per_shard": 10, "engine": LocalEngine(1)}
+        child = multiprocessing.get_context("fork").Process(target=convert, kwargs=arguments)
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL and not (tmp_path / "out").exists()
+    monkeypatch.setattr("vlm.data_tools.convert.parse_sample", lambda key, parts: made.append(key) or real(key, parts))
+    assert convert(**arguments).samples == 60
+    assert made == [f"{number:08d}" for number in range(31, 61)], "the first three shards were whole"
+    assert written(tmp_path / "out") == written(tmp_path / "straight")
+
+
+def test_a_source_that_has_changed_is_converted_anew(source, tmp_path: Path, monkeypatch) -> None:
+    rows = source(*[{"text": "old"}] * 30)
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.data_tools.convert.write_index", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        child = multiprocessing.get_context("fork").Process(target=convert, args=(rows, tmp_path / "out"))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL and (tmp_path / ".out.partial").is_dir()
+    source(*[{"text": "new"}] * 30)
+    convert(rows, tmp_path / "out")
+    assert {sample.text for sample in Shards.open(tmp_path / "out")} == {"new"}
 
 
 # What is refused
@@ -166,7 +269,7 @@ def test_what_is_asked_for_is_checked_first(source, tmp_path: Path) -> None:
         ({"images": tmp_path / "none"}, "none: no such folder; give the one that image paths start from"),
         ({"src": source(b"", b" ", name="empty.jsonl")}, "empty.jsonl: no samples; give one JSON object a line"),
         ({"out": rows}, "pairs.jsonl: already there; choose another folder or remove it"),
-        ({"out": rows / "in"}, "can not be written (File exists); choose another folder"),
+        ({"out": rows / "in"}, "can not be written (Not a directory); choose another folder"),
     ):
         before = left_in(tmp_path)
         with pytest.raises(UsageError) as refusal:
@@ -183,7 +286,7 @@ def test_what_can_not_be_read_is_named(source, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "read_bytes", denied)
     with pytest.raises(UsageError, match="line 1: image .*0.png: Permission denied; check the path"):
         convert(rows, tmp_path / "out")
-    monkeypatch.setattr("builtins.open", denied)
+    monkeypatch.setattr("vlm.data_tools.sources.jsonl.open", denied, raising=False)
     with pytest.raises(UsageError, match="pairs.jsonl: can not be read .Permission denied.; check its permissions"):
         convert(rows, tmp_path / "out")
 
@@ -196,7 +299,7 @@ def test_an_earlier_set_is_not_written_over(source, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
-@pytest.mark.parametrize("place", ["vlm.shards.tarfile.TarFile.addfile", "pathlib.Path.write_text"])
+@pytest.mark.parametrize("place", ["vlm.shards.ShardFileWriter.write", "vlm.data_tools.convert.write_index"])
 def test_a_disk_that_runs_full_leaves_nothing(place, source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While samples are written, or the index."""
 
@@ -228,4 +331,4 @@ def test_killed_half_way_it_leaves_nothing_that_looks_whole(source, tmp_path: Pa
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("index.json"))
     assert all(name == "pairs.jsonl" or name.startswith(".out.") for name in left_in(tmp_path))
-    assert convert(rows, tmp_path / "out") == 9, "what it left is in nobody's way"
+    assert convert(rows, tmp_path / "out").samples == 9, "what it left is in nobody's way"

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vlm.data_tools.engines import LocalEngine
 from vlm.data_tools.scene_world import EASY, HARD, Level
 from vlm.data_tools.scenes import COMPOSITIONAL, generate_scenes, make_sample, make_scene
 from vlm.errors import UsageError
@@ -290,7 +291,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 def test_bytes_depend_on_the_seed_and_not_on_the_processes(tmp_path: Path) -> None:
     sizes = {"train": 250, "val": 10, "test": 110}
     for name, processes, seed in (("one", 1, 3), ("three", 3, 3), ("other", 1, 4)):
-        generate_scenes(tmp_path / name, processes=processes, seed=seed, **sizes)
+        generate_scenes(tmp_path / name, engine=LocalEngine(processes), seed=seed, **sizes)
     one, three, other = (bytes_of(tmp_path / name) for name in ("one", "three", "other"))
     assert one == three and one != other
     opened = {split: len(Shards.open(tmp_path / "one" / split)) for split in (*sizes, COMPOSITIONAL)}
@@ -298,7 +299,7 @@ def test_bytes_depend_on_the_seed_and_not_on_the_processes(tmp_path: Path) -> No
 
 
 def test_no_picture_is_in_two_splits(tmp_path: Path) -> None:
-    generate_scenes(tmp_path / "s", train=200, val=200, test=200, processes=1)
+    generate_scenes(tmp_path / "s", train=200, val=200, test=200)
     pictures = [
         sample.images[0] for split in ("train", "val", "test") for sample in Shards.open(tmp_path / "s" / split)
     ]
@@ -306,7 +307,7 @@ def test_no_picture_is_in_two_splits(tmp_path: Path) -> None:
 
 
 def test_hard_scenes_are_written(tmp_path: Path) -> None:
-    generate_scenes(tmp_path / "s", level="hard", train=3, val=1, test=1, processes=1)
+    generate_scenes(tmp_path / "s", level="hard", train=3, val=1, test=1)
     sample = Shards.open(tmp_path / "s" / "train")[0]
     assert open_image(sample.images[0]).size == (224, 224) and sample.caption and len(sample.questions) >= 7
     assert all(found["texture"] in HARD.textures for found in sample.extra["objects"])
@@ -330,11 +331,11 @@ def test_a_set_is_not_written_over(tmp_path: Path) -> None:
     assert bytes_of(tmp_path / "s") == before
 
 
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_half_way_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any) -> dict[str, bytes]:
         raise MemoryError if arguments[1] == "test" else KeyboardInterrupt
 
     monkeypatch.setattr("vlm.data_tools.scenes.make_sample", fails)
     with pytest.raises(KeyboardInterrupt):
         generate_scenes(tmp_path / "s", train=1, val=1, test=1)
-    assert list(tmp_path.iterdir()) == []
+    assert all(path.name.startswith(".s.") for path in tmp_path.iterdir()) and not list(tmp_path.rglob("index.json"))

@@ -1,0 +1,73 @@
+"""Whether an encoded picture is whole, told from its structure alone, in the time of reading it.
+
+Knows the chunks of PNG and the segments of JPEG. Knows nothing of pixels: what is not plain here is for a decoder to say.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
+_SCAN, _END = 0xDA, 0xD9
+_TABLES = (0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))  # what may stand between two scans
+# In the data of a scan a byte 0xFF is followed by 0x00, or by a restart marker.
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+
+
+def whole_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height in pixels of a JPEG or PNG that is whole; None for one that is not, or may not be."""
+    try:
+        if data.startswith(_PNG):
+            return _png_size(data)
+        if data.startswith(b"\xff\xd8\xff"):
+            return _jpeg_size(data)
+    except (struct.error, IndexError):
+        pass
+    return None
+
+
+def _png_size(data: bytes) -> tuple[int, int] | None:
+    """Every chunk has the checksum it says, the first is the header and the last the end of the file."""
+    place, kind, has_pixels = len(_PNG), b"", False
+    view = memoryview(data)
+    while place < len(data):
+        (length,), kind = struct.unpack_from(">I", data, place), data[place + 4 : place + 8]
+        (checksum,) = struct.unpack_from(">I", data, place + 8 + length)
+        if zlib.crc32(view[place + 4 : place + 8 + length]) != checksum or (kind == b"IHDR") != (place == len(_PNG)):
+            return None
+        has_pixels |= kind == b"IDAT"
+        place += 12 + length
+        if kind == b"IEND":
+            break
+    width, height, depth, colour, *_ = struct.unpack_from(">IIBB", data, 16)
+    plain = depth == 8 and colour in (0, 2, 3, 4, 6)
+    return (width, height) if plain and has_pixels and kind == b"IEND" and place == len(data) else None
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Segment follows segment up to the end marker, which ends the file; no marker in a scan's data that ought not to be."""
+    size, scans, place = None, 0, 2
+    while True:
+        if data[place] != 0xFF:
+            return None
+        marker = data[place + 1]
+        if marker == _END:
+            return size if scans and place + 2 == len(data) else None
+        if marker not in _FRAMES and marker not in _TABLES:
+            return None
+        (length,) = struct.unpack_from(">H", data, place + 2)
+        if marker in _FRAMES:
+            if size is not None or data[place + 4] != 8:
+                return None
+            height, width = struct.unpack_from(">HH", data, place + 5)
+            size = (width, height)
+        place += 2 + length
+        if marker == _SCAN:
+            scans += 1
+            found = _MARKER.search(data, place)
+            if found is None:
+                return None
+            place = found.start()
