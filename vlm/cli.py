@@ -14,12 +14,14 @@ from typing import Annotated, Any
 
 import typer
 
+from vlm.cli_bench import bench
 from vlm.cli_data import QUIET, data
 from vlm.errors import RunError, UsageError
 
 app = typer.Typer(help="Train vision-language models, ask them, and score them.", no_args_is_help=True, **QUIET)
 score = typer.Typer(help="The official numbers for a file of predictions.", no_args_is_help=True, **QUIET)
 app.add_typer(data, name="data")
+app.add_typer(bench, name="bench")
 app.add_typer(score, name="score")
 
 ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="a model folder (OUT/model) or a hub id")]

@@ -1,0 +1,205 @@
+"""`vlm bench data`: how fast data is converted and read, beside the plainest program that does the same work.
+
+Knows what to measure and against what. Knows nothing of how it is done: it calls what a user calls.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vlm.benchmark import Row, interleaved, seconds
+from vlm.errors import RunError, UsageError
+from vlm.images import open_image
+from vlm.machine import usable_cores
+from vlm.shards import Shards
+
+from .convert import convert
+from .engines import LocalEngine
+
+SIDE, RESIZED = 384, 224  # pixels
+PICTURES = 500  # that differ; more samples show them again
+TEXT_WORDS = [f"{first}{last}" for first in ("ba", "ko", "mi", "tel", "sur") for last in ("n", "ra", "ple", "tic", "d")]
+
+
+def bench_data(against: str | None = None, samples: int = 5000, rounds: int = 3) -> list[Row]:
+    """Conversion and reading of generated JPEG pictures, `samples` of them, each measured `rounds` times in turns.
+
+    against: "pil" or "webdataset" alone; None: everything.
+    """
+    peers = {"copy": _bench_convert, "pil": _bench_pil, "webdataset": _bench_webdataset}
+    if against not in (None, *peers):
+        raise UsageError(f"there is no {against} to measure against; use one of {', '.join(peers)}")
+    with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
+        source = _make_pairs(Path(folder), samples)
+        convert(source, Path(folder, "shards"), images=Path(folder, "pictures"))
+        return [bench(Path(folder), rounds) for name, bench in peers.items() if against in (None, name)]
+
+
+def _make_pairs(folder: Path, samples: int) -> Path:
+    """Pictures of about 50 kB, and a file of pairs that shows each several times."""
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    for number in range(PICTURES):
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((SIDE, SIDE))
+        pixels = np.asarray(coarse) + rng.integers(-12, 12, (SIDE, SIDE, 3))
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        picture.save(folder / "pictures" / f"{number}.jpg", quality=90)
+    lines = ({"image": f"{n % PICTURES}.jpg", "caption": f"picture {n} of the benchmark"} for n in range(samples))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "pairs.jsonl"
+
+
+# Converting
+
+
+def _bench_convert(folder: Path, rounds: int) -> Row:
+    """Against processes that read every picture and write its bytes to disk, and do nothing else."""
+    source, pictures = folder / "pairs.jsonl", folder / "pictures"
+    samples = sum(1 for _ in open(source))
+    made = (folder / f"made{number}" for number in range(10**6))
+    ours = partial(_rate, samples, lambda: convert(source, next(made), images=pictures))
+    peer = partial(_rate, samples, lambda: _copy_all(source, pictures, next(made)))
+    return Row(
+        "convert jsonl",
+        *interleaved(ours, peer, rounds),
+        "samples/s",
+        f"{samples} JPEGs of {_mean_kb(pictures):.0f} kB, {usable_cores()} processes; peer: read and rewrite the bytes",
+        "ratio ≥ 0.9",
+    )
+
+
+def _copy_all(source: Path, pictures: Path, out: Path) -> None:
+    out.mkdir()
+    names = [json.loads(line)["image"] for line in open(source)]
+    pieces = [names[start : start + 1000] for start in range(0, len(names), 1000)]
+    list(LocalEngine().map(partial(_copy, pictures, out), enumerate(pieces)))
+
+
+def _copy(pictures: Path, out: Path, numbered: tuple[int, list[str]]) -> None:
+    number, names = numbered
+    with open(out / str(number), "wb") as file:
+        for name in names:
+            file.write((pictures / name).read_bytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# Reading
+
+
+def _bench_pil(folder: Path, rounds: int) -> Row:
+    """Against Pillow alone, on bytes that are in memory already."""
+    shards = Shards.open(folder / "shards")
+    count = min(len(shards), 1000)
+    encoded = [shards[index].images[0] for index in range(count)]
+    ours = partial(_rate, count, lambda: [_ours(shards, index) for index in range(count)])
+    peer = partial(_rate, count, lambda: [_resized(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded])
+    return Row(
+        "read from shards",
+        *interleaved(ours, peer, rounds),
+        "images/s",
+        f"1 process, JPEG {SIDE}² decoded and resized to {RESIZED}²; peer: Pillow on bytes in memory",
+        "ratio ≥ 0.9",
+    )
+
+
+def _bench_webdataset(folder: Path, rounds: int) -> Row:
+    """Against a plain pipeline of webdataset over the same shards."""
+    import webdataset
+
+    shards = Shards.open(folder / "shards")
+    tars = [file.place for file in shards.files]
+    count = min(len(shards), 1000)
+
+    def theirs() -> Iterator[object]:
+        samples = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil")
+        return (_resized(picture) for picture, _ in samples.to_tuple("jpg", "json"))
+
+    ours = partial(_rate, count, lambda: [_ours(shards, index) for index in range(count)])
+    peer = partial(_rate, count, lambda: [next(stream) for stream in repeat(theirs(), count)])
+    return Row(
+        "read from shards, webdataset",
+        *interleaved(ours, peer, rounds),
+        "images/s",
+        f"1 process, picture and JSON, resized to {RESIZED}²; peer: WebDataset(…).decode('pil')",
+        "ratio > 1",
+    )
+
+
+def _ours(shards: Shards, index: int) -> np.ndarray:
+    return _resized(open_image(shards[index].images[0]))
+
+
+def _resized(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.resize((RESIZED, RESIZED), Image.Resampling.BICUBIC))
+
+
+def _rate(samples: int, work: Callable[[], object]) -> float:
+    return samples / seconds(work)
+
+
+def _mean_kb(folder: Path) -> float:
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    return sum(sizes) / len(sizes) / 1000
+
+
+# Memory
+
+
+def bench_memory(small: int = 10_000, large: int = 1_000_000) -> list[Row]:
+    """The most memory that a process of each tool holds, for `large` texts beside `small` ones."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
+        peaks = {count: _peaks(Path(folder, str(count)), count) for count in (small, large)}
+        for tool in peaks[small]:
+            conditions = f"{large:,} texts; peer: {small:,}; the largest process"
+            rows.append(
+                Row(
+                    f"memory: {tool}",
+                    peaks[large][tool],
+                    peaks[small][tool],
+                    "MB",
+                    conditions,
+                    "≈ 1",
+                    less_is_better=True,
+                )
+            )
+    return rows
+
+
+def _peaks(folder: Path, count: int) -> dict[str, float]:
+    """Peak memory in MB of each tool on `count` texts, by its name."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    with open(folder / "texts.jsonl", "w") as file:
+        for number in range(count):
+            said = " ".join(TEXT_WORDS[word] for word in rng.integers(0, len(TEXT_WORDS), 12))
+            file.write(json.dumps({"text": f"{said} {number}"}) + "\n")
+    shards = str(folder / "shards")
+    return {
+        "convert": _peak_mb("convert", str(folder / "texts.jsonl"), shards),
+        "inspect": _peak_mb("inspect", shards),
+        "clean": _peak_mb("clean", shards, str(folder / "clean")),
+        "augment": _peak_mb("augment", shards, str(folder / "augmented"), "--with", "synonyms"),
+    }
+
+
+def _peak_mb(*arguments: str) -> float:
+    """The most memory that a process of `vlm data …` held."""
+    child = subprocess.Popen([sys.executable, "-m", "vlm.cli", "data", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise RunError(f"vlm data {' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
+    return usage.ru_maxrss / 1024

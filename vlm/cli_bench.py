@@ -1,0 +1,34 @@
+"""The `vlm bench` commands. Know their options; nothing of what is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlm.cli_data import QUIET
+
+bench = typer.Typer(help="Speeds beside those of peers, in one run, as ratios.", no_args_is_help=True, **QUIET)
+
+
+@bench.command("data")
+def bench_data_command(
+    against: Annotated[str | None, typer.Option(help="copy, pil or webdataset alone; default: all")] = None,
+    samples: Annotated[int, typer.Option(help="pictures to convert")] = 5000,
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Converting and reading of pictures.
+
+    Example: vlm bench data --against webdataset --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.data_tools.bench import bench_data
+
+    rows = bench_data(against, samples=samples, rounds=rounds)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)
