@@ -1,22 +1,32 @@
 """What is in some shards, and what is wrong with them.
 
 Knows how to count, measure and check everything that `vlm.shards` and `vlm.samples` promise. Changes nothing, and after
-a fault goes on to name the others.
+a fault goes on to name the others. Knows nothing of how the page looks that shows it.
+
+A report stays small whatever the number of samples: it counts and does not collect. What grows is 8 bytes for every key
+and 8 for every caption, by which repeated ones are found, and a line for every shard.
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
+from bisect import insort
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
-from statistics import median
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from vlm.charts import Bin
 from vlm.errors import RunError, UsageError
 from vlm.images import open_image
 from vlm.samples import Sample, parse_sample
@@ -24,76 +34,334 @@ from vlm.shards import INDEX, Entry, read_index, scan, shard_files
 
 SHOWN_FAULTS = 20
 SHOWN_ANSWERS = 6
+DRAWN = 36  # samples for the contact sheet
+# Bounds of what a report holds.
+KEPT_FAULTS = 1000
+KEPT_TEXTS = 500  # distinct answers to one type of question, while counting twice as many
+KEPT_TYPES = 100  # types of questions; VQAv2 has 65
+KEPT_LETTERS = 80  # of an answer or a type
+FAULT_LETTERS = 500
+BITS = 12  # of a number; below 2 ** BITS every number has a place of its own
+OTHERS = "other types"
+
+
+@dataclass
+class Histogram:
+    """How often each whole number (0 or more) was seen. `count`, `total`, `least` and `most` are exact.
+
+    Numbers below 4,096 are told apart; larger ones keep their 12 leading bits, which is at most 1 in 2,048 too low. So
+    there are never more than 4,096 places and 2,048 for each doubling above.
+    """
+
+    places: Counter[int] = field(default_factory=Counter)
+    count: int = 0
+    total: int = 0
+    least: int = 0
+    most: int = 0
+
+    def add(self, value: int) -> None:
+        """Count one number."""
+        shift = max(0, value.bit_length() - BITS)
+        self.places[value >> shift << shift] += 1
+        self._extend(1, value, value, value)
+
+    def merge(self, other: Histogram) -> None:
+        """Count all that `other` has counted."""
+        if other.count:
+            self.places.update(other.places)
+            self._extend(other.count, other.total, other.least, other.most)
+
+    def _extend(self, count: int, total: int, least: int, most: int) -> None:
+        self.least = min(self.least, least) if self.count else least
+        self.most = max(self.most, most)
+        self.count += count
+        self.total += total
+
+    @property
+    def mean(self) -> float:
+        """Exact; 0 of nothing."""
+        return self.total / self.count if self.count else 0.0
+
+    @property
+    def median(self) -> float:
+        """The middle number, or the mean of the two in the middle; 0 of nothing. Exact below 4,096."""
+        return (self.at((self.count - 1) // 2) + self.at(self.count // 2)) / 2 if self.count else 0.0
+
+    def at(self, rank: int) -> int:
+        """The number with `rank` numbers before it when they are sorted."""
+        for place in sorted(self.places):
+            rank -= self.places[place]
+            if rank < 0:
+                return max(place, self.least)
+        return self.most
+
+    def bins(self, about: int = 36) -> list[Bin]:
+        """At most about so many bins (from, below, how many) of one round width, side by side, for a plot.
+
+        Where the largest 0.5 % reach far beyond the rest, the last bin is wider and holds these.
+        """
+        if not self.count:
+            return []
+        usual = self.at((self.count - 1) * 995 // 1000)
+        far = self.most - self.least > 3 * (usual - self.least) + about
+        end = usual if far else self.most
+        # Not finer than the places are, or empty bins would stand among full ones that nothing has emptied.
+        shift = end.bit_length() - BITS
+        width = _round_up(max(4 << shift if shift > 0 else 1, (end - self.least + 1) / about))
+        first, last = self.least // width, end // width
+        counts = [0] * (last - first + 1 + far)
+        for place, count in self.places.items():
+            counts[min(max(place, self.least) // width - first, len(counts) - 1)] += count
+        edges = [(first + number) * width for number in range(len(counts) + 1)]
+        edges[-1] = max(edges[-1], self.most + 1)
+        return list(zip(edges, edges[1:], counts, strict=False))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        exact = {"count": self.count, "min": self.least, "max": self.most, "mean": self.mean, "median": self.median}
+        return exact | {"bins": [list(one) for one in self.bins()]}
+
+    def __str__(self) -> str:
+        return f"{self.median:,.10g} (from {self.least:,} to {self.most:,})" if self.count else "none"
+
+
+@dataclass
+class Tally:
+    """How often each text was seen, exact for up to 1,000 distinct ones.
+
+    Beyond that the rarest are put together as `others`, and the counts of those still named are lower bounds: one that
+    comes again after it was put away is counted anew. The total is always exact. Texts are cut to 80 letters.
+    """
+
+    named: Counter[str] = field(default_factory=Counter)
+    others: int = 0
+
+    def add(self, text: str) -> None:
+        """Count one text."""
+        self.named[_short(text, KEPT_LETTERS)] += 1
+        self._shrink()
+
+    def merge(self, other: Tally) -> None:
+        """Count all that `other` has counted."""
+        self.named.update(other.named)
+        self.others += other.others
+        self._shrink()
+
+    def _shrink(self) -> None:
+        # Half at a time: counting the best is dear, and what was put away early might have become frequent.
+        if len(self.named) > 2 * KEPT_TEXTS:
+            kept = Counter(dict(self.named.most_common(KEPT_TEXTS)))
+            self.others += self.named.total() - kept.total()
+            self.named = kept
+
+    @property
+    def total(self) -> int:
+        """Everything counted."""
+        return self.named.total() + self.others
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, the most frequent first."""
+        return {"count": self.total, "answers": dict(self.named.most_common()), "others": self.others}
+
+    def __str__(self) -> str:
+        total = self.total
+        said = [f"{text} {count / total:.1%}" for text, count in self.named.most_common(SHOWN_ANSWERS)]
+        more = len(self.named) - SHOWN_ANSWERS
+        rare = [f"{self.others / total:.1%} rare ones"] if self.others else []
+        return f"{total:,}: " + ", ".join([*said, *([f"{more:,} more"] if more > 0 else []), *rare])
 
 
 @dataclass
 class Report:
-    """Everything `inspect` found. `faults` holds one line each; a sound set has none. `rich.print` shows it."""
+    """Everything `inspect` found; `rich.print` shows it. A sound set has no `faults`.
+
+    `faults` holds the first 1,000 faults, a line each; `fault_count` is how many there are.
+    """
 
     path: str
-    shards: int = 0
     bytes: int = 0
     samples: int = 0
-    holding: Counter[str] = field(default_factory=Counter)  # caption, questions, messages, text, image -> samples
-    images_per_sample: list[int] = field(default_factory=list)
-    widths: list[int] = field(default_factory=list)
-    heights: list[int] = field(default_factory=list)
-    words: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # caption, question, … -> lengths
-    distinct_captions: int = 0
-    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))  # question type -> answers
+    holding: Counter[str] = field(default_factory=Counter)  # images, caption, questions, messages, text -> samples
+    augmented: int = 0
+    images_per_sample: Histogram = field(default_factory=Histogram)
+    bytes_per_sample: Histogram = field(default_factory=Histogram)
+    widths: Histogram = field(default_factory=Histogram)
+    heights: Histogram = field(default_factory=Histogram)
+    words: dict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))  # caption, question, …
+    tokenizer: str | None = None
+    tokens: dict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
+    answers: dict[str, Tally] = field(default_factory=dict)  # by type of question
     faults: list[str] = field(default_factory=list)
+    fault_count: int = 0
+    tars: list[tuple[Path, int]] = field(default_factory=list)  # in order, with how many samples lie in each
+    keys: array[int] = field(default_factory=lambda: array("Q"))  # a hash of every key, in order
+    captions: array[int] = field(default_factory=lambda: array("Q"))  # a hash of every caption
+    drawn: list[tuple[int, Entry]] = field(default_factory=list)  # some samples by chance, for the contact sheet
+
+    @property
+    def shards(self) -> int:
+        """How many tars were looked into."""
+        return len(self.tars)
+
+    @property
+    def distinct_captions(self) -> int:
+        """How many captions differ (by 64 bits: that any two of a million fall together has a chance of 3e-8)."""
+        return np.unique(np.frombuffer(self.captions, np.uint64)).size if self.captions else 0
+
+    def fault(self, line: str) -> None:
+        """Note a fault."""
+        self.fault_count += 1
+        if len(self.faults) < KEPT_FAULTS:
+            self.faults.append(_short(line, FAULT_LETTERS))
+
+    def answers_to(self, kind: str | None) -> Tally:
+        """Where the answers to questions of one type are counted; what exceeds 100 types shares one place."""
+        kind = _short(kind or "untyped", KEPT_LETTERS)
+        if kind not in self.answers and len(self.answers) >= KEPT_TYPES:
+            kind = OTHERS
+        return self.answers.setdefault(kind, Tally())
+
+    def draw(self, chance: int, entry: Entry) -> None:
+        """Keep the samples of the lowest numbers: given a hash of the key, a choice that no order of reading changes."""
+        if len(self.drawn) < DRAWN or chance < self.drawn[-1][0]:
+            insort(self.drawn, (chance, entry), key=lambda one: one[0])
+            del self.drawn[DRAWN:]
+
+    def merge(self, other: Report) -> None:
+        """Add what was found in the shards that follow."""
+        self.bytes += other.bytes
+        self.samples += other.samples
+        self.holding.update(other.holding)
+        self.augmented += other.augmented
+        for name in ("images_per_sample", "bytes_per_sample", "widths", "heights"):
+            getattr(self, name).merge(getattr(other, name))
+        for kind, histogram in other.words.items():
+            self.words[kind].merge(histogram)
+        for kind, histogram in other.tokens.items():
+            self.tokens[kind].merge(histogram)
+        for kind, tally in other.answers.items():
+            self.answers_to(kind).merge(tally)
+        self.faults += other.faults[: KEPT_FAULTS - len(self.faults)]
+        self.fault_count += other.fault_count
+        self.tars += other.tars
+        self.keys.extend(other.keys)
+        self.captions.extend(other.captions)
+        for chance, entry in other.drawn:
+            self.draw(chance, entry)
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of every line of the table."""
         rows = [("shards", f"{self.shards}, {self.bytes / 1e6:,.1f} MB"), ("samples", f"{self.samples:,}")]
         rows += [(f"  with {part}", f"{number:,}") for part, number in self.holding.items()]
-        rows += [("images per sample", _spread(self.images_per_sample))]
-        rows += [("width × height", f"{_spread(self.widths)} × {_spread(self.heights)}")] if self.widths else []
-        rows += [(f"words: {name}", _spread(lengths)) for name, lengths in self.words.items()]
-        rows += [("distinct captions", f"{self.distinct_captions:,}")] if self.distinct_captions else []
-        rows += [(f"questions: {name}", _shares(answers)) for name, answers in self.answers.items()]
-        return [*rows, ("faults", f"{len(self.faults):,}")]
+        rows += [("  augmented", f"{self.augmented:,}")] if self.augmented else []
+        rows += [("images per sample", str(self.images_per_sample)), ("bytes per sample", str(self.bytes_per_sample))]
+        rows += [("width × height", f"{self.widths} × {self.heights}")] if self.widths.count else []
+        rows += [(f"words: {kind}", str(lengths)) for kind, lengths in self.words.items()]
+        rows += [(f"tokens: {kind}", str(lengths)) for kind, lengths in self.tokens.items()]
+        rows += [("distinct captions", f"{self.distinct_captions:,}")] if self.captions else []
+        rows += [(f"questions: {kind}", str(tally)) for kind, tally in self.answers.items()]
+        return [*rows, ("faults", f"{self.fault_count:,}")]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {
+            "path": self.path,
+            "shards": self.shards,
+            "bytes": self.bytes,
+            "samples": self.samples,
+            "with": dict(self.holding),
+            "augmented": self.augmented,
+            "images_per_sample": self.images_per_sample.as_dict(),
+            "bytes_per_sample": self.bytes_per_sample.as_dict(),
+            "widths": self.widths.as_dict(),
+            "heights": self.heights.as_dict(),
+            "words": {kind: lengths.as_dict() for kind, lengths in self.words.items()},
+            "tokenizer": self.tokenizer,
+            "tokens": {kind: lengths.as_dict() for kind, lengths in self.tokens.items()},
+            "distinct_captions": self.distinct_captions,
+            "questions": {kind: tally.as_dict() for kind, tally in self.answers.items()},
+            "fault_count": self.fault_count,
+            "faults": list(self.faults),
+        }
 
     def __rich__(self) -> Group:
         table = Table(title=self.path, title_justify="left", show_header=False)
         for label, value in self.rows():
             table.add_row(Text(label), Text(value))
         lines = [Text(f"fault: {fault}", style="red") for fault in self.faults[:SHOWN_FAULTS]]
-        more = len(self.faults) - SHOWN_FAULTS
+        more = self.fault_count - SHOWN_FAULTS
         return Group(table, *lines, *([Text(f"… and {more:,} faults more")] if more > 0 else []))
 
 
-def inspect(path: str | Path) -> Report:
+class Found(NamedTuple):
+    """A tar to look into, and what the index says of it; None where there is no index."""
+
+    tar: Path
+    listed: dict[str, Any] | None = None
+
+
+def inspect(
+    path: str | Path,
+    tokenizer: str | None = None,
+    map: Callable[[Callable[[Found], Report], Iterable[Found]], Iterable[Report]] = map,
+) -> Report:
     """Read every shard, sample and picture of a folder, a tar or `name-{00000..00012}.tar`.
 
-    Raises UsageError only if there is nothing there to look at; everything else becomes a line of `faults`.
+    `tokenizer`, a Hugging Face id or path or a model's folder, adds the lengths of texts in tokens. `map` gives a
+    function's results in the order of its arguments: the one of a process pool looks into several shards at once.
+    Raises UsageError if there is nothing to look at or no such tokenizer; everything else becomes a line of `faults`.
     """
-    report = Report(str(path))
-    keys: dict[str, Path] = {}
-    captions: set[str] = set()
-    for tar, promised in _tars(Path(path), report):
-        report.shards += 1
-        report.bytes += tar.stat().st_size
-        before = report.samples
-        for entry in _entries(tar, report):
-            if entry.key in keys:
-                report.faults.append(f"{tar}: key {entry.key} is in {keys[entry.key]} too")
-            keys[entry.key] = tar
-            report.samples += 1
-            try:
-                _add(report, parse_sample(entry.key, entry.read()), tar, captions)
-            except (UsageError, RunError) as error:
-                report.faults.append(f"{tar}: {error}")
-        if promised is not None and report.samples - before != promised:
-            report.faults.append(f"{tar}: {report.samples - before} samples, {INDEX} says {promised}")
-    report.distinct_captions = len(captions)
+    report = Report(str(path), tokenizer=tokenizer)
+    found = _tars(Path(path), report)
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)
+    for part in map(partial(inspect_shard, tokenizer=tokenizer), found):
+        report.merge(part)
+    _name_repeated_keys(report)
     return report
 
 
-def _tars(path: Path, report: Report) -> list[tuple[Path, int | None]]:
-    """The tars to look into, and how many samples the index promises. What it says of them and they are not is a fault."""
+def inspect_shard(found: Found, tokenizer: str | None = None) -> Report:
+    """Look into one shard. Depends on nothing but its file, so shards may be looked into anywhere and in any order."""
+    tar, listed = found
+    report = Report(str(tar), bytes=tar.stat().st_size, tokenizer=tokenizer)
+    for line in _against_index(tar, listed) if listed else ():
+        report.fault(line)
+    for entry in _entries(tar, report):
+        key, chance = _hash(entry.key, 2)
+        report.keys.append(key)
+        report.samples += 1
+        try:
+            parts = entry.read()
+            report.bytes_per_sample.add(sum(map(len, parts.values())))
+            sample = parse_sample(entry.key, parts)
+        except (UsageError, RunError) as error:
+            report.fault(f"{tar}: {error}")
+            continue
+        _add(report, sample, tar)
+        report.draw(chance, entry)
+    report.tars.append((tar, report.samples))
+    if listed and report.samples != listed["samples"]:
+        report.fault(f"{tar}: {report.samples} samples, {INDEX} says {listed['samples']}")
+    return report
+
+
+@lru_cache(maxsize=1)
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face id or path or a model's folder; the last one stays loaded. Raises UsageError."""
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # whatever a damaged tokenizer.json raises; `tokenizers` raises bare Exception
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(
+            f"tokenizer {source}: can not be read ({reason}); give a Hugging Face id or a folder"
+        ) from None
+
+
+def _tars(path: Path, report: Report) -> list[Found]:
+    """The tars to look into. What the index says of them and they are not is a fault."""
     if not path.is_dir():
-        return [(tar, None) for tar in shard_files(path)]
+        return [Found(tar) for tar in shard_files(path)]
     tars = sorted(path.glob("*.tar"))
     if not tars and not (path / INDEX).is_file():
         inner = sorted(folder.parent.name for folder in path.glob(f"*/{INDEX}"))
@@ -102,18 +370,18 @@ def _tars(path: Path, report: Report) -> list[tuple[Path, int | None]]:
     try:
         listed = {shard["file"]: shard for shard in read_index(path)}
     except UsageError as error:
-        report.faults.append(str(error))
-        return [(tar, None) for tar in tars]
-    found = {tar.name for tar in tars}
-    report.faults += [f"{path / name}: missing, {INDEX} lists it" for name in listed if name not in found]
-    report.faults += [f"{path / name}: not in {INDEX}" for name in sorted(found - set(listed))]
-    for tar in tars:
-        if tar.name in listed:
-            report.faults += _against_index(tar, listed[tar.name])
-    return [(tar, listed[tar.name]["samples"] if tar.name in listed else None) for tar in tars]
+        report.fault(str(error))
+        return [Found(tar) for tar in tars]
+    names = {tar.name for tar in tars}
+    for name in listed:
+        if name not in names:
+            report.fault(f"{path / name}: missing, {INDEX} lists it")
+    for name in sorted(names - set(listed)):
+        report.fault(f"{path / name}: not in {INDEX}")
+    return [Found(tar, listed.get(tar.name)) for tar in tars]
 
 
-def _against_index(tar: Path, listed: dict) -> Iterator[str]:
+def _against_index(tar: Path, listed: dict[str, Any]) -> Iterator[str]:
     size = tar.stat().st_size
     if size != listed["bytes"]:
         yield f"{tar}: {size} bytes, {INDEX} says {listed['bytes']}"
@@ -129,44 +397,95 @@ def _entries(tar: Path, report: Report) -> Iterator[Entry]:
     try:
         yield from scan(tar)
     except UsageError as error:
-        report.faults.append(str(error))
+        report.fault(str(error))
 
 
-def _add(report: Report, sample: Sample, tar: Path, captions: set[str]) -> None:
-    report.images_per_sample.append(len(sample.images))
+def _add(report: Report, sample: Sample, tar: Path) -> None:
+    report.images_per_sample.add(len(sample.images))
+    report.augmented += bool(sample.extra.get("augmented"))
     for part in ("images", "caption", "questions", "messages", "text"):
         report.holding[part] += bool(getattr(sample, part))
     for number, image in enumerate(sample.images):
         try:
-            size = open_image(image, name=f"image {number} of sample {sample.key}").size
+            width, height = open_image(image, name=f"image {number} of sample {sample.key}").size
         except UsageError as error:
-            report.faults.append(f"{tar}: {error}")
+            report.fault(f"{tar}: {error}")
             continue
-        report.widths.append(size[0])
-        report.heights.append(size[1])
-    if sample.caption:
-        captions.add(sample.caption)
-        report.words["caption"].append(len(sample.caption.split()))
-    if sample.text:
-        report.words["text"].append(len(sample.text.split()))
+        report.widths.add(width)
+        report.heights.add(height)
+    report.captions.extend(_hash(caption)[0] for caption in sample.captions)
     for question in sample.questions:
-        report.words["question"].append(len(question.text.split()))
-        report.words["answer"].append(len(question.answer.split()))
-        report.answers[question.type or "untyped"][question.answer] += 1
+        report.answers_to(question.type).add(question.answer)
+    _add_lengths(report, list(_texts(sample)))
+    places = sum(part["type"] == "image" for message in sample.messages for part in message["content"])
+    if sample.messages and places < len(sample.images):
+        report.fault(f"{tar}: sample {sample.key}: messages place {places} of {len(sample.images)} images")
+
+
+def _texts(sample: Sample) -> Iterator[tuple[str, list[str]]]:
+    """Every text of a sample with what it is; a conversation is one text of several pieces."""
+    for caption in sample.captions:
+        yield "caption", [caption]
+    if sample.text:
+        yield "text", [sample.text]
+    for question in sample.questions:
+        yield "question", [question.text]
+        yield "answer", [question.answer]
     parts = [part for message in sample.messages for part in message["content"]]
     if parts:
-        report.words["conversation"].append(sum(len(part["text"].split()) for part in parts if "text" in part))
-        places = sum(part["type"] == "image" for part in parts)
-        if places < len(sample.images):
-            report.faults.append(f"{tar}: sample {sample.key}: messages place {places} of {len(sample.images)} images")
+        yield "conversation", [part["text"] for part in parts if "text" in part]
 
 
-def _spread(values: Sequence[int]) -> str:
-    return f"{median(values):g} (from {min(values)} to {max(values)})" if values else "none"
+def _add_lengths(report: Report, texts: list[tuple[str, list[str]]]) -> None:
+    for kind, pieces in texts:
+        report.words[kind].add(sum(len(piece.split()) for piece in pieces))
+    every = [piece for _, pieces in texts for piece in pieces]
+    if report.tokenizer is None or not every:
+        return
+    tokenizer = load_tokenizer(report.tokenizer)
+    # All of a sample at once, since a call costs more than a short text. Not verbose: no model is there to be too short.
+    encoded = iter(tokenizer(every, add_special_tokens=False, verbose=False)["input_ids"])
+    for kind, pieces in texts:
+        report.tokens[kind].add(sum(len(ids) for ids in islice(encoded, len(pieces))))
 
 
-def _shares(answers: Counter[str]) -> str:
-    total = answers.total()
-    named = ", ".join(f"{answer} {count / total:.1%}" for answer, count in answers.most_common(SHOWN_ANSWERS))
-    more = len(answers) - SHOWN_ANSWERS
-    return f"{total:,}: {named}" + (f", {more:,} more" if more > 0 else "")
+def _name_repeated_keys(report: Report) -> None:
+    """Note every key that an earlier shard has too. Names are read again from the shards, since only hashes were kept."""
+    keys = np.frombuffer(report.keys, np.uint64) if report.keys else np.empty(0, np.uint64)
+    order = np.argsort(keys, kind="stable")
+    again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    # Of each repetition its own place and the one before it, as places among all samples in reading order.
+    pairs = np.stack([order[again + 1], order[again]], axis=1)
+    named = pairs[np.argsort(pairs[:, 0])][: KEPT_FAULTS - len(report.faults)]
+    ends = np.cumsum([samples for _, samples in report.tars])
+    shards = np.searchsorted(ends, named, side="right").tolist()
+    starts = [0, *ends.tolist()]
+    for shard, group in groupby(zip(named.tolist(), shards, strict=True), key=lambda one: one[1][0]):
+        tar = report.tars[shard][0]
+        earlier = {here - starts[shard]: report.tars[other][0] for (here, _), (_, other) in group}
+        for number, entry in enumerate(islice(scan(tar), max(earlier) + 1)):
+            if number in earlier:
+                report.fault(f"{tar}: key {entry.key} is in {earlier[number]} too")
+    report.fault_count += len(pairs) - len(named)
+
+
+def _hash(text: str, numbers: int = 1) -> list[int]:
+    """Independent 64-bit numbers that depend on the text alone."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8 * numbers).digest()
+    return [int.from_bytes(digest[8 * number : 8 * number + 8], "little") for number in range(numbers)]
+
+
+def _short(text: str, letters: int) -> str:
+    """Cut to so many letters, and such as can be printed: JSON may hold halves of surrogate pairs."""
+    text = text if len(text) <= letters else text[: letters - 1] + "…"
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _round_up(value: float) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, …"""
+    power = 1
+    while True:
+        for factor in (1, 2, 5):
+            if power * factor >= value:
+                return power * factor
+        power *= 10

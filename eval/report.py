@@ -8,12 +8,13 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from vlm.charts import duration
 from vlm.files import atomic_write
+from vlm.page import document, none
 
 from . import report_sections as sections
 from .report_pictures import gallery
 from .report_run import RunRecord, read_run
-from .report_style import STYLE
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -42,14 +43,10 @@ def page(run: RunRecord) -> str:
         sections.commands(run),
         sections.glossary(run),
     ]
-    missing = "".join(sections.none(sentence) for sentence in run.missing)
+    missing = "".join(none(sentence) for sentence in run.missing)
     head = f"<header><p class='kicker'>{escape(run.folder.resolve().name)}</p><h1>{_title(run)}</h1><p>{_opening(run)}</p></header>"
     body = "".join([head, sections.headline(run), missing, *parts, _footer(run)])
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>{escape(run.folder.resolve().name)}: report</title><style>{STYLE}</style></head>'
-        f"<body><main>{body}</main></body></html>\n"
-    )
+    return document(f"{run.folder.resolve().name}: report", body)
 
 
 def _title(run: RunRecord) -> str:
@@ -65,7 +62,7 @@ def _opening(run: RunRecord) -> str:
     if seconds:
         names = " and ".join(f"<b>{escape(run.objective(stage))}</b>" for stage in range(len(run.stages)))
         stages = f"{len(run.stages)} stage{'s' if len(run.stages) > 1 else ''} ({names})"
-        sentences.append(f"A vision-language model{size}, trained in {stages} for {sections.duration(seconds)}.")
+        sentences.append(f"A vision-language model{size}, trained in {stages} for {duration(seconds)}.")
     else:
         sentences.append(f"A vision-language model{size}.")
     cpu, gpus = run.environment().get("cpu"), run.environment().get("gpus")

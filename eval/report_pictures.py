@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 
-from vlm.errors import UsageError
-from vlm.images import open_image
+from vlm.page import data_uri, none, section
 from vlm.samples import Sample
 
 from .report_run import Fields, RunRecord, number, pictured
-from .report_sections import none, section
 
 FIRST, MISTAKEN = 9, 6
-# Pictures larger than this many bytes, or than so many pixels on a side, are embedded smaller.
-BYTES, SIDE = 80_000, 384
 MARKS = {"right": "✓", "partly": "~", "wrong": "✗"}
 
 
@@ -102,18 +96,3 @@ def _caption(line: Fields) -> str:
     said, truth = escape(str(line.get("prediction")) or "(nothing)"), escape(_truth(line))
     told = f"<div><small>it says</small>{said}</div>"
     return f'<div class="told">{told}<div class="truth"><small>the true caption</small>{truth}</div></div>'
-
-
-def data_uri(data: bytes) -> str:
-    """A picture file as it can stand in a page, made smaller where it is large; empty if it can not be read."""
-    try:
-        image = open_image(data)
-    except UsageError:
-        return ""
-    kind = "png" if data.startswith(b"\x89PNG") else "webp" if data.startswith(b"RIFF") else "jpeg"
-    if len(data) > BYTES or max(image.size) > SIDE:
-        image.thumbnail((SIDE, SIDE))
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=85)
-        data, kind = buffer.getvalue(), "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -98,7 +98,11 @@ def pictured(run: RunRecord) -> Iterator[tuple[Sample, list[Fields]]]:
     except UsageError:
         run.missing.append(f"The held-out data is no longer at {source}, so no pictures can be shown.")
         return
-    places = {key: place for place, key in enumerate(shards.keys)}
+    try:
+        places = {key: place for place, key in enumerate(shards.keys)}
+    except UsageError as error:
+        run.missing.append(f"The held-out data has changed, so no pictures can be shown: {error}.")
+        return
     for key, about in lines.items():
         if key in places:
             yield shards[places[key]], about

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-from .report_charts import Bar, Line, bars, columns, line_chart, percent, plain, running_mean, smooth
+from vlm.charts import Bar, Line, bars, columns, duration, line_chart, percent, running_mean, smooth
+from vlm.page import card, none, section, tile
+
 from .report_run import Fields, RunRecord, number
 
 # (task, metric, what it is in words) of everything that is a share of 1 and says how much is seen.
@@ -27,31 +29,16 @@ KEY = (
 )
 
 
-def section(title: str, lead: str, *body: str) -> str:
-    """One section: heading, what is to be seen, and it."""
-    return f"<section><h2>{escape(title)}</h2><p>{lead}</p>{''.join(body)}</section>"
-
-
-def card(*body: str) -> str:
-    """A framed block."""
-    return f'<div class="card">{"".join(body)}</div>'
-
-
-def none(sentence: str) -> str:
-    """What stands where a part of the data is missing."""
-    return f'<p class="none">{escape(sentence)}</p>'
-
-
 def headline(run: RunRecord) -> str:
     """The few numbers that matter."""
     tiles = []
     for task, metric, words in SHARES:
         metrics = run.tasks().get(task, {})
         if metric in metrics:
-            tiles.append(_tile(percent(metrics[metric]), words, _beside(task, metric, metrics)))
+            tiles.append(tile(percent(metrics[metric]), words, _beside(task, metric, metrics)))
     caption = run.tasks().get("caption", {})
     if "CIDEr" in caption and "attributes" not in caption:
-        tiles.append(_tile(f"{caption['CIDEr']:.2f}", "CIDEr of captions", f"of {caption['n']:,} pictures; 0 to 10"))
+        tiles.append(tile(f"{caption['CIDEr']:.2f}", "CIDEr of captions", f"of {caption['n']:,} pictures; 0 to 10"))
     for name, metrics in run.tasks().items():
         task, at, split = name.partition("@")
         if task == "vqa" and at:
@@ -59,15 +46,8 @@ def headline(run: RunRecord) -> str:
             note = f"{metrics['n']:,} questions"
             if "compositional" in split:
                 note += " about combinations of colour and shape that training never showed"
-            tiles.append(_tile(percent(metrics["accuracy"]), words, note))
+            tiles.append(tile(percent(metrics["accuracy"]), words, note))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
-
-
-def _tile(value: str, name: str, note: str) -> str:
-    return (
-        f'<div class="card tile"><div class="value">{value}</div><div class="name">{escape(name)}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
-    )
 
 
 def _beside(task: str, metric: str, metrics: Fields) -> str:
@@ -354,12 +334,3 @@ def glossary(run: RunRecord) -> str:
     }
     listed = "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in entries.items())
     return section("How to read these numbers", "", card(f"<dl>{listed}</dl>"))
-
-
-def duration(seconds: float) -> str:
-    """77 -> 1 min 17 s."""
-    if seconds < 60:
-        return f"{plain(round(seconds, 1))} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"

@@ -1,4 +1,18 @@
-"""The look of the report: one style sheet, light and dark. Knows class names; nothing of what is shown."""
+"""A page that shows something: one HTML file without network or script. Knows its style, frame, blocks and pictures.
+
+Light and dark are the reader's choice. Knows nothing of what is shown; charts are made in `vlm.charts`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+
+from vlm.errors import UsageError
+from vlm.images import open_image
+
+BYTES, SIDE = 80_000, 384
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -101,3 +115,53 @@ footer { margin-top: 72px; padding-top: 20px; border-top: 1px solid var(--rule);
     f".b{i} {{ background: var(--c{i}); }}\n"
     for i in range(7)
 )
+
+
+def document(title: str, body: str, style: str = "") -> str:
+    """The whole file around a body of HTML; `style` is CSS of this page alone."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}{style}</style></head>'
+        f"<body><main>{body}</main></body></html>\n"
+    )
+
+
+def section(title: str, lead: str, *body: str) -> str:
+    """One section: heading, what is to be seen, and it."""
+    return f"<section><h2>{escape(title)}</h2><p>{lead}</p>{''.join(body)}</section>"
+
+
+def card(*body: str) -> str:
+    """A framed block."""
+    return f'<div class="card">{"".join(body)}</div>'
+
+
+def none(sentence: str) -> str:
+    """What stands where a part of the data is missing."""
+    return f'<p class="none">{escape(sentence)}</p>'
+
+
+def tile(value: str, name: str, note: str) -> str:
+    """One number, large, with what it is and a remark."""
+    return (
+        f'<div class="card tile"><div class="value">{value}</div><div class="name">{escape(name)}</div>'
+        f'<div class="note">{escape(note)}</div></div>'
+    )
+
+
+def data_uri(data: bytes, most_bytes: int = BYTES, side: int = SIDE) -> str:
+    """A picture file as it can stand in a page; empty if it can not be read.
+
+    One of more than `most_bytes`, or of more than `side` pixels on a side, is made smaller.
+    """
+    try:
+        image = open_image(data)
+    except UsageError:
+        return ""
+    kind = "png" if data.startswith(b"\x89PNG") else "webp" if data.startswith(b"RIFF") else "jpeg"
+    if len(data) > most_bytes or max(image.size) > side:
+        image.thumbnail((side, side))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=85)
+        data, kind = buffer.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

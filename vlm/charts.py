@@ -14,6 +14,8 @@ COLOURS = 7
 WIDTH, HEIGHT = 720, 320
 LEFT, RIGHT, TOP, BOTTOM = 52, 136, 14, 44
 
+Bin = tuple[int, int, int]  # from, below, how many
+
 
 @dataclass(frozen=True)
 class Line:
@@ -130,6 +132,23 @@ def columns(rows: Sequence[tuple[str, Sequence[float]]], names: Sequence[str]) -
     return "".join([*parts, "</svg>"])
 
 
+def histogram(bins: Sequence[Bin], label: str, middle: float | None = None, colour: int = 0) -> str:
+    """An SVG of how often whole numbers occur: bins of (from, below, count) side by side, `middle` marked as the median.
+
+    All bins are equally wide but the last, which may gather what lies far out; it is drawn faint and says from where on.
+    """
+    if not bins:
+        return ""
+    plot = _Histogram(bins)
+    marked = [] if middle is None else plot.median(middle)
+    box = f'viewBox="0 0 {plot.WIDTH} {plot.HEIGHT}" role="img" aria-label="{escape(label)}"'
+    place = f'x="{(plot.LEFT + plot.WIDTH) / 2}" y="{plot.HEIGHT - 5}" text-anchor="middle"'
+    named = f'<text class="label" {place}>{escape(label)}</text>'
+    return "".join(
+        [f'<svg class="chart" {box}>', *plot.counts(), *plot.bars(colour), *plot.numbers(), named, *marked, "</svg>"]
+    )
+
+
 def smooth(points: Sequence[tuple[float, float]], most: int = 240) -> list[tuple[float, float]]:
     """The means of at most `most` consecutive groups of points."""
     size = max(1, math.ceil(len(points) / most))
@@ -167,6 +186,23 @@ def plain(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def short(value: float) -> str:
+    """A number for where there is little room: 1250000 -> 1.25 M, with a narrow space that does not break."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4):
+            return f"{value / size:.3g}\u202f{unit}"
+    return f"{value:,.6g}"
+
+
+def duration(seconds: float) -> str:
+    """77 -> 1 min 17 s."""
+    if seconds < 60:
+        return f"{plain(round(seconds, 1))} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
 def _curve(line: Line, places: Sequence[tuple[float, float]]) -> list[str]:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     parts = [f'<path class="line s{line.colour % COLOURS}{" faint" if line.faint else ""}" d="{path}"/>']
@@ -177,6 +213,71 @@ def _curve(line: Line, places: Sequence[tuple[float, float]]) -> list[str]:
                 f'<circle class="f{line.colour % COLOURS}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{hint}</title></circle>'
             )
     return parts
+
+
+class _Histogram:
+    """Where everything of one histogram stands."""
+
+    WIDTH, HEIGHT, LEFT, TOP, FLOOR = 340, 190, 42, 24, 148
+    WIDEST = 36  # of a single bar: a few bars stand together at the left and do not fill the chart
+
+    def __init__(self, bins: Sequence[Bin]) -> None:
+        self.bins = bins
+        self.start, self.step = bins[0][0], bins[0][1] - bins[0][0]
+        self.slot = min(self.WIDEST, (self.WIDTH - self.LEFT - 12) / len(bins))
+        self.most = max(count for _, _, count in bins)
+        self.tailed = bins[-1][1] - bins[-1][0] > self.step
+
+    def x(self, value: float) -> float:
+        """A bin of one number stands for that number, so the number is in its middle."""
+        return self.LEFT + ((value - self.start) / self.step + (0.5 if self.step == 1 else 0.0)) * self.slot
+
+    def y(self, count: float) -> float:
+        return self.FLOOR - count / self.most * (self.FLOOR - self.TOP)
+
+    def counts(self) -> list[str]:
+        parts = []
+        for tick in nice_ticks(0, self.most, 3):
+            if tick <= self.most and tick == round(tick):
+                y, kind = self.y(tick), "grid" if tick else "axis"
+                parts.append(f'<line class="{kind}" x1="{self.LEFT}" x2="{self.WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+                at = f'x="{self.LEFT - 7}" y="{y + 4:.1f}" text-anchor="end"'
+                parts.append(f'<text class="tick" {at}>{short(tick)}</text>')
+        return parts
+
+    def bars(self, colour: int) -> list[str]:
+        parts, gap = [], min(2.0, self.slot / 6)
+        for place, (low, below, count) in enumerate(self.bins):
+            # What is there at all can be seen, however little.
+            tall = max(self.FLOOR - self.y(count), 1.5) if count else 0.0
+            faint = ' opacity="0.45"' if self.tailed and place == len(self.bins) - 1 else ""
+            x = self.LEFT + place * self.slot + gap / 2
+            size = f'width="{self.slot - gap:.1f}" height="{tall:.1f}" rx="1.5"'
+            hint = f"{low:,}: {count:,}" if below - low == 1 else f"{low:,} to {below - 1:,}: {count:,}"
+            box = f'x="{x:.1f}" y="{self.FLOOR - tall:.1f}" {size}{faint}'
+            parts.append(f'<rect class="f{colour % COLOURS}" {box}><title>{hint}</title></rect>')
+        return parts
+
+    def numbers(self) -> list[str]:
+        last = self.bins[-1]
+        end = last[0] if self.tailed else last[1] - (self.step == 1)
+        ticks = nice_ticks(self.start, end) if end > self.start else [self.start]
+        named = [(self.x(tick), short(tick)) for tick in ticks if self.start <= tick <= end and tick == round(tick)]
+        if self.tailed:
+            far = self.LEFT + (len(self.bins) - 0.5) * self.slot
+            named = [one for one in named if one[0] < far - 36] + [(far, f"≥ {short(last[0])}")]
+        place = f'y="{self.FLOOR + 17}" text-anchor="middle"'
+        return [f'<text class="tick" x="{x:.1f}" {place}>{words}</text>' for x, words in named]
+
+    def median(self, value: float) -> list[str]:
+        x = self.x(value)
+        left = x < (self.LEFT + self.WIDTH) / 2
+        side = f'x="{x + 6:.1f}" text-anchor="start"' if left else f'x="{x - 6:.1f}" text-anchor="end"'
+        ends = f'x1="{x:.1f}" x2="{x:.1f}" y1="{self.TOP - 14}" y2="{self.FLOOR}"'
+        return [
+            f'<line class="axis" stroke-dasharray="3 3" {ends}/>',
+            f'<text class="label" {side} y="{self.TOP - 10}">median {short(value)}</text>',
+        ]
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
