@@ -23,7 +23,7 @@ from PIL import Image
 
 from vlm.errors import UsageError
 from vlm.images import open_image
-from vlm.samples import Sample, parse_sample
+from vlm.samples import Sample, parse_sample, said
 from vlm.shards import Entry, ShardFile, Shards, scan, write_index
 from vlm.storage import Folder, is_address, join
 
@@ -196,21 +196,19 @@ def judge(entry: Entry, rules: Rules) -> tuple[Sample | None, list[Image.Image],
 
 
 def cleaned_parts(parts: Mapping[str, bytes], rules: Rules) -> tuple[dict[str, bytes], Reason | None]:
-    """A sample's files with their texts cleaned, and the first reason to drop it. Files without a text stay as they are."""
-    cleaned, reasons = dict(parts), []
-    if "json" in parts:
-        told = _object(parts["json"])
-        fields, reason = clean_fields(told, rules)
-        reasons.append(reason)
-        if fields != told:
-            cleaned["json"] = json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    if "txt" in parts:
-        told = {"caption": parts["txt"].decode("utf-8-sig", "replace")}
-        fields, reason = clean_fields(told, rules)
-        reasons.append(reason)
-        if fields != told:
-            cleaned["txt"] = fields["caption"].encode()
-    return cleaned, next(filter(None, reasons), None)
+    """A sample's files with their texts cleaned, and the first reason to drop it. What has nothing to mend stays as it is."""
+    stored = _object(parts["json"]) if "json" in parts else {}
+    # As in `parse_sample`, the .txt part is the caption where the JSON has none.
+    beside = {"caption": parts["txt"].decode("utf-8-sig", "replace").strip()} if "txt" in parts else {}
+    told = beside | stored if stored.get("caption") is None else stored
+    fields, reason = clean_fields(told, rules)
+    cleaned = dict(parts)
+    if beside and told is not stored and fields["caption"] != told["caption"]:
+        cleaned["txt"] = fields["caption"].encode("utf-8", "surrogatepass")
+    mended = {name: fields[name] for name in stored}
+    if mended != stored:
+        cleaned["json"] = json.dumps(mended, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return cleaned, reason
 
 
 def _object(data: bytes) -> dict[str, Any]:
@@ -224,10 +222,8 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def compared_text(sample: Sample) -> str | None:
-    """What is compared of a sample's texts: everything it says, in order."""
-    asked = [text for question in sample.questions for text in (question.text, question.answer)]
-    spoken = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
-    return "\n".join([*sample.captions, *filter(None, [sample.text]), *asked, *spoken]) or None
+    """What is compared of a sample's texts: everything it says."""
+    return "\n".join(said(sample)) or None
 
 
 # The second

@@ -19,7 +19,12 @@ COMMANDS = [
     "data",
     "data scenes",
     "data convert",
+    "data text",
+    "data clean",
+    "data augment",
     "data inspect",
+    "bench",
+    "bench data",
     "train",
     "eval",
     "score",
@@ -67,7 +72,7 @@ def test_every_command_has_help_with_an_example(cli, command):
     code, out, err = cli(*command.split(), "--help")
     assert (code, err) == (0, "")
     assert f"Usage: vlm {command}" in out
-    assert command in ("data", "score") or f"Example: vlm {command}" in out
+    assert command in ("bench", "data", "score") or f"Example: vlm {command}" in out
 
 
 def test_help_names_all_commands_and_nothing_else(cli):

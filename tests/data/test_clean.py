@@ -128,6 +128,16 @@ def test_what_is_dropped_keeps_its_bytes_and_names_what_it_is_like(messy: Path, 
     assert dropped["no-sample"]["unreadable"] == b"{"
 
 
+def test_a_caption_may_lie_beside_the_json(tmp_path: Path) -> None:
+    questions = json.dumps({"question": "what is it?", "answer": "a cafe"}).encode()
+    told = {"png": encoded(1), "txt": "a cafÃ© on the corner".encode()}
+    source = shards(tmp_path / "in", {"mended": told, "empty": {"png": encoded(2), "txt": b" ", "json": questions}})
+    clean(source, tmp_path / "out", rules())
+    kept = {entry.key: entry.read() for entry in Shards.open(tmp_path / "out").entries}
+    assert kept["mended"]["txt"].decode() == "a café on the corner"
+    assert kept["empty"] == {"png": encoded(2), "txt": b" ", "json": questions}
+
+
 @pytest.mark.parametrize(
     ("by", "out"),
     [("pair", {"twice"}), ("image", {"twice", "same-picture"}), ("text", {"twice", "same-words"}), ("none", set())],
