@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from vlm.storage import Folder, join
 
 from .engines import LocalEngine
 from .job import STATE, Engine, PieceWriter, job
-from .sources import SOURCES, Record, Source
+from .sources import Record, Skipped, Source, open_source
 
 SKIPPED = "skipped.jsonl"
 PATIENCE = 1000  # samples in a row, from the first, of which none can be used: it is the source and not the sample
@@ -56,9 +56,7 @@ def convert(
     Killed and started again with the same arguments it goes on where it was; the bytes do not depend on that, nor on the
     engine.
     """
-    if format not in SOURCES:
-        raise UsageError(f"format {format!r} is not known; use one of {', '.join(SOURCES)}")
-    source = SOURCES[format](Path(src), Path(images) if images is not None else None, **options)
+    source = open_source(format, Path(src), Path(images) if images is not None else None, **options)
     rows_per_piece = 1 if source.whole_shards else samples_per_shard
     settings = _settings(source, format, rows_per_piece, shard_bytes)
     with job(out, settings, engine or LocalEngine()) as work:
@@ -109,31 +107,36 @@ def _convert_piece(
     source: Source, shard_bytes: int | None, folder: Folder, number: int, rows: Sequence[Any]
 ) -> dict[str, Any]:
     """Some rows into a shard, and a file of those that could not be used."""
-    faults: list[str] = []
+    faults: list[Skipped] = []
     with PieceWriter(folder, number, shard_bytes) as writer:
         for record in _records(source, rows, faults):
             try:
                 writer.write(record.key, _parts(record))
             except UsageError as error:
-                faults.append(str(error))
+                faults.append(Skipped(str(error)))
     if faults:
         with Folder(join(folder.place, f"{STATE}/skipped")).write(f"{number:05d}.jsonl") as file:
-            file.writelines((json.dumps({"reason": fault}, ensure_ascii=False) + "\n").encode() for fault in faults)
+            file.writelines((json.dumps(asdict(fault), ensure_ascii=False) + "\n").encode() for fault in faults)
     samples = sum(shard["samples"] for shard in writer.shards)
     return {
         "shards": writer.shards,
         "samples": samples,
-        "skipped": len(faults),
-        "first": faults[0] if faults else None,
+        "skipped": sum(fault.samples for fault in faults),
+        "first": faults[0].reason if faults else None,
     }
 
 
-def _records(source: Source, rows: Sequence[Any], faults: list[str]) -> Iterator[Record]:
+def _records(source: Source, rows: Sequence[Any], faults: list[Skipped]) -> Iterator[Record]:
+    """The rows' samples; what can not be used is added to `faults`."""
     for row in rows:
         try:
-            yield from source.records(row)
+            for found in [row] if isinstance(row, Skipped) else source.records(row):
+                if isinstance(found, Skipped):
+                    faults.append(found)
+                else:
+                    yield found
         except UsageError as error:
-            faults.append(str(error))
+            faults.append(Skipped(str(error)))
 
 
 def _parts(record: Record) -> dict[str, bytes]:

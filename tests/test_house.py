@@ -19,12 +19,12 @@ ROOT = Path(__file__).parents[1]
 PROGRAMS = ("train", "eval", "data_tools")
 # What each module of `vlm/` stands on: an import may go down or stay on its floor, never up.
 FLOORS = {
-    "configuration errors files machine samples": 0,
-    "adapters fusion images lora losses shards vision": 1,
+    "benchmark charts configuration errors files image_structure machine samples settings settings_faults storage wording": 0,
+    "adapters augmentation fusion images lora losses page shards vision": 1,
     "decoding model processing saving": 2,
     "api": 3,
     "__init__": 3,
-    "cli": 5,
+    "cli cli_bench cli_data": 5,
 }
 FLOOR = {name: floor for names, floor in FLOORS.items() for name in names.split()} | dict.fromkeys(PROGRAMS, 4)
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlm.augmentation import Augmentation
 from vlm.errors import RunError, UsageError
+from vlm.images import open_image
 from vlm.losses import IGNORED, mask_tokens
 from vlm.processing import VLMProcessor, slots_of
-from vlm.samples import Question, Sample, SampleError, conversations, pair_text, pair_texts
+from vlm.samples import Question, Sample, SampleError, conversations, pair_text, pair_texts, said
 from vlm.shards import Shards
 
 from .config import Stage
@@ -57,13 +59,24 @@ class Example:
 
 
 class Reader(ABC):
-    """Makes examples of samples and batches of examples. longest: tokens that the language model has positions for."""
+    """Makes examples of samples and batches of examples.
 
-    def __init__(self, processor: VLMProcessor, stage: Stage, longest: int, predicts_next: bool) -> None:
+    longest: tokens that the language model has positions for. augmentation: changes of pictures; None for validation.
+    """
+
+    def __init__(
+        self,
+        processor: VLMProcessor,
+        stage: Stage,
+        longest: int,
+        predicts_next: bool,
+        augmentation: Augmentation | None = None,
+    ) -> None:
         self.processor = processor
         self.stage = stage
         self.longest = min(longest, stage.max_tokens)
         self.predicts_next = predicts_next
+        self.augmentation = augmentation
 
     @abstractmethod
     def example(self, sample: Sample, rng: np.random.Generator) -> Example:
@@ -75,6 +88,13 @@ class Reader(ABC):
             "input_ids": padded([one.ids for one in examples], self.processor.tokenizer.pad_token_id, self.longest),
             "attention_mask": padded([np.ones_like(one.ids) for one in examples], 0, self.longest),
         }
+
+    def _pixels(self, sample: Sample, images: Sequence[bytes], rng: np.random.Generator) -> Tensor:
+        """Pictures of a sample (n, 3, H, W), changed in what nothing is said about."""
+        if self.augmentation is None:
+            return self.processor.pixels(images)
+        opened = [open_image(image) for image in images]
+        return self.processor.pixels(self.augmentation(opened, said(sample), rng))
 
     def _pair_text(self, sample: Sample, rng: np.random.Generator) -> np.ndarray:
         """Token ids of one of the texts that go with the sample's pictures, drawn anew at each visit."""
@@ -101,7 +121,7 @@ class PairReader(Reader):
         if not sample.images:
             raise SampleError(f"sample {sample.key} has no picture")
         ids = self._pair_text(sample, rng)
-        return Example(ids, ids, self.processor.pixels(sample.images[:1]))
+        return Example(ids, ids, self._pixels(sample, sample.images[:1], rng))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         return super().collate(examples) | {
@@ -168,7 +188,7 @@ class JointReader(Reader):
         return Example(
             ids=ids,
             labels=np.where(is_target, ids, IGNORED),
-            pixels=self.processor.pixels(sample.images) if sample.images else None,
+            pixels=self._pixels(sample, sample.images, rng) if sample.images else None,
             positions=np.concatenate([np.arange(length) for length in lengths]),
             documents=np.repeat(np.arange(1, len(documents) + 1), lengths),
             token_image=np.concatenate(places),

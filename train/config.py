@@ -127,6 +127,23 @@ class Source(Section):
     weight: PositiveFloat = Field(1.0, description="how often it is drawn from, relative to the others")
 
 
+class Augment(Section):
+    """Random changes of training pictures that leave true what is said of them, in English; the fields of `Augmentation`."""
+
+    mirror: NonNegativeFloat = Field(
+        0.0, le=1, description="probability of a mirror image, where no text names a side or what is written"
+    )
+    crop: NonNegativeFloat = Field(
+        0.0, lt=1, description="largest share of the area cut off, where no text names a place, number or size"
+    )
+    colour: NonNegativeFloat = Field(
+        0.0, le=1, description="largest change of hue and saturation, where no text names a colour"
+    )
+    light: NonNegativeFloat = Field(
+        0.0, le=1, description="largest change of brightness and contrast, where no text names a colour or light"
+    )
+
+
 def _as_sources(value: Any) -> Any:
     listed = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in listed]
@@ -140,6 +157,7 @@ class Data(Section):
     )
     val: str | None = Field(None, description="shards held out, for validation")
     workers: NonNegativeInt = Field(2, description="processes per rank that read and decode")
+    augment: Augment = Field(Augment(), description="random changes of training pictures")
 
 
 class Lora(Section):

@@ -26,6 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
+from vlm.augmentation import Augmentation
 from vlm.errors import RunError, UsageError
 from vlm.files import atomic_write
 from vlm.lora import add_lora, base_hash
@@ -39,7 +40,7 @@ from vlm.shards import Shards
 from .batches import READERS, Batch, MicroBatches, on_device, stream
 from .build import build
 from .checkpoint import Checkpoints, Progress, full_weights, plain_model
-from .config import Config, Stage
+from .config import Augment, Config, Stage
 from .deepspeed_config import deepspeed_config, micro_batch_size
 from .log import RunLog
 from .objectives import OBJECTIVES
@@ -192,7 +193,14 @@ def micro_batches(run: Run, model: VLMModel, number: int) -> MicroBatches:
     weights = [source.weight for source in run.config.data.train]
     order = Order([len(source) for source in run.train], weights, [run.config.seed, number])
     size = micro_batch_size(stage, dist.get_world_size())
-    return MicroBatches(run.train, order, reader(run, model, stage), size, dist.get_rank(), dist.get_world_size())
+    return MicroBatches(
+        run.train,
+        order,
+        reader(run, model, stage, augmentation(run.config)),
+        size,
+        dist.get_rank(),
+        dist.get_world_size(),
+    )
 
 
 def validation_batches(run: Run, model: VLMModel, number: int) -> Iterator[Batch]:
@@ -208,10 +216,15 @@ def validation_batches(run: Run, model: VLMModel, number: int) -> Iterator[Batch
     yield from islice(stream(data, 0, workers=0), max(1, samples // (size * ranks)))
 
 
-def reader(run: Run, model: VLMModel, stage: Stage) -> Any:
+def reader(run: Run, model: VLMModel, stage: Stage, changes: Augmentation | None = None) -> Any:
     """What makes the stage's examples."""
     longest = model.max_tokens or stage.max_tokens
-    return READERS[stage.objective](run.processor, stage, longest, model.config.reading == "causal")
+    return READERS[stage.objective](run.processor, stage, longest, model.config.reading == "causal", changes)
+
+
+def augmentation(config: Config) -> Augmentation | None:
+    """The changes of training pictures; None where there are none."""
+    return Augmentation(**config.data.augment.model_dump()) if config.data.augment != Augment() else None
 
 
 def _check_data(run: Run, model: VLMModel) -> None:

@@ -106,6 +106,13 @@ def pair_text(sample: Sample) -> str | None:
     return next(iter(pair_texts(sample)), None)
 
 
+def said(sample: Sample) -> list[str]:
+    """Every text of a sample, in order: captions, plain text, questions with all that was answered, messages."""
+    asked = [text for question in sample.questions for text in (question.text, *question.answers)]
+    spoken = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
+    return [*sample.captions, *filter(None, [sample.text]), *asked, *spoken]
+
+
 def conversations(sample: Sample, caption_prompt: str) -> list[tuple[list[dict[str, Any]], Question | None]]:
     """Every training document of a sample as chat messages, with the question it asks (None for caption and chat).
 

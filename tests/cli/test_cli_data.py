@@ -56,7 +56,8 @@ def test_text_is_cut_into_blocks_and_comes_back(cli, tokenizer: Path, tmp_path: 
 
 
 def test_text_does_not_depend_on_the_processes(cli, tokenizer: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("vlm.data_tools.text.PIECE", 100_000)
+    for size in ("PIECE", "WINDOW"):
+        monkeypatch.setattr(f"vlm.data_tools.text.{size}", 100_000)
     (tmp_path / "a.txt").write_text("".join(f"Sentence {number} of the text. " for number in range(15_000)))
     for processes in (1, 2):
         arguments = ("data", "text", tmp_path / "a.txt", tmp_path / str(processes), "--tokenizer", tokenizer)
