@@ -23,8 +23,11 @@ from vlm.benchmark import Row, interleaved, seconds
 from vlm.errors import RunError, UsageError
 from vlm.images import open_image
 from vlm.machine import usable_cores
-from vlm.shards import Shards
+from vlm.shards import Shards, ShardWriter
 
+from .bench_dedup import bench_dedup
+from .clean import DROPPED, clean
+from .clean_rules import load_rules
 from .convert import convert
 from .engines import LocalEngine
 
@@ -33,18 +36,37 @@ PICTURES = 500  # that differ; more samples show them again
 TEXT_WORDS = [f"{first}{last}" for first in ("ba", "ko", "mi", "tel", "sur") for last in ("n", "ra", "ple", "tic", "d")]
 
 
-def bench_data(against: str | None = None, samples: int = 5000, rounds: int = 3) -> list[Row]:
-    """Conversion and reading of generated JPEG pictures, `samples` of them, each measured `rounds` times in turns.
+def bench_data(
+    against: str | None = None,
+    samples: int = 5000,
+    rounds: int = 3,
+    model: str | None = None,
+    data: str | None = None,
+) -> list[Row]:
+    """Data tools beside the plainest program that does the same work, or beside what is known of made-up data.
 
-    against: "pil" or "webdataset" alone; None: everything.
+    against: "copy", "pil" or "webdataset": generated JPEG pictures, `samples` of them, are converted or read, measured
+    `rounds` times in turns; None: these three. "memory": each tool on few and on many texts. "dedup": made-up captions
+    with known duplicates. "swapped": pairs of the shards `data`, one caption in ten another's, judged by `model`.
+    Raises UsageError for another name, and for what "swapped" lacks.
     """
-    peers = {"copy": _bench_convert, "pil": _bench_pil, "webdataset": _bench_webdataset}
-    if against not in (None, *peers):
-        raise UsageError(f"there is no {against} to measure against; use one of {', '.join(peers)}")
+    timed = {"copy": _bench_convert, "pil": _bench_pil, "webdataset": _bench_webdataset}
+    if against == "memory":
+        return bench_memory()
+    if against == "dedup":
+        return bench_dedup()
+    if against == "swapped":
+        if model is None or data is None:
+            raise UsageError("swapped captions need a model and pairs; give --model MODEL --data SHARDS")
+        return bench_agreement(model, data)
+    if against not in (None, *timed):
+        raise UsageError(
+            f"there is no {against} to measure against; use one of {', '.join(timed)}, memory, dedup, swapped"
+        )
     with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
         source = _make_pairs(Path(folder), samples)
         convert(source, Path(folder, "shards"), images=Path(folder, "pictures"))
-        return [bench(Path(folder), rounds) for name, bench in peers.items() if against in (None, name)]
+        return [bench(Path(folder), rounds) for name, bench in timed.items() if against in (None, name)]
 
 
 def _make_pairs(folder: Path, samples: int) -> Path:
@@ -203,3 +225,46 @@ def _peak_mb(*arguments: str) -> float:
     if status:
         raise RunError(f"vlm data {' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
     return usage.ru_maxrss / 1024
+
+
+# Agreement
+
+
+SWAPPED = 0.1  # of the pairs
+
+
+def bench_agreement(model: str, data: str) -> list[Row]:
+    """Swap captions among some pairs of the shards `data`, and let the filter drop as many pairs as were swapped."""
+    with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
+        swapped = _swap_captions(Shards.open(data), Path(folder, "swapped"))
+        settings = [f"agreement.model={model}", f"agreement.drop_lowest={SWAPPED}", "duplicates.by=none"]
+        clean(Path(folder, "swapped"), Path(folder, "clean"), load_rules(None, settings))
+        dropped = set(Shards.open(Path(folder, "clean", DROPPED)).keys)
+        kept = set(Shards.open(Path(folder, "clean")).keys)
+    good = (dropped | kept) - swapped
+    conditions = f"{len(good) + len(swapped)} pairs, {len(swapped)} swapped, as many dropped"
+    return [
+        Row(
+            "agreement: swapped captions found",
+            100 * len(dropped & swapped) / len(swapped),
+            None,
+            "%",
+            conditions,
+            "≥ 95",
+        ),
+        Row("agreement: good pairs dropped", 100 * len(dropped & good) / len(good), None, "%", conditions, "≤ 2"),
+    ]
+
+
+def _swap_captions(shards: Shards, out: Path) -> set[str]:
+    """Write the pairs with every so many-th caption given to the next of these; the keys whose caption is another's now."""
+    pairs = [(entry.key, entry.read()) for entry in shards.entries]
+    fields = [json.loads(parts["json"]) for _, parts in pairs]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    chosen = [int(place) for place in order[: int(SWAPPED * len(pairs))]]
+    given = dict(zip(chosen, [*chosen[1:], chosen[0]], strict=True))
+    with ShardWriter(out) as writer:
+        for place, (key, parts) in enumerate(pairs):
+            caption = fields[given.get(place, place)]["caption"]
+            writer.write(key, parts | {"json": json.dumps({"caption": caption}).encode()})
+    return {pairs[place][0] for place in chosen if fields[place]["caption"] != fields[given[place]]["caption"]}

@@ -14,12 +14,16 @@ bench = typer.Typer(help="Speeds beside those of peers, in one run, as ratios.",
 
 @bench.command("data")
 def bench_data_command(
-    against: Annotated[str | None, typer.Option(help="copy, pil or webdataset alone; default: all")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="copy, pil, webdataset (default: these), memory, dedup or swapped")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="swapped: the model that judges pairs")] = None,
+    data: Annotated[str | None, typer.Option(help="swapped: shards with captions")] = None,
     samples: Annotated[int, typer.Option(help="pictures to convert")] = 5000,
     rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
     out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
 ) -> None:
-    """Converting and reading of pictures.
+    """Converting, reading, cleaning: speed, memory and what is found.
 
     Example: vlm bench data --against webdataset --out bench.json
     """
@@ -28,7 +32,7 @@ def bench_data_command(
     from vlm.benchmark import table, write_rows
     from vlm.data_tools.bench import bench_data
 
-    rows = bench_data(against, samples=samples, rounds=rounds)
+    rows = bench_data(against, samples=samples, rounds=rounds, model=model, data=data)
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
