@@ -7,6 +7,7 @@ of any one format or of training. Images are copied byte for byte, once they are
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -59,9 +60,8 @@ def convert(
     source = open_source(format, Path(src), Path(images) if images is not None else None, **options)
     rows_per_piece = 1 if source.whole_shards else samples_per_shard
     settings = _settings(source, format, rows_per_piece, shard_bytes)
-    with job(out, settings, engine or LocalEngine()) as work:
-        scratch = Path(work.scratch("source").place)
-        pieces = _batched(source.rows(scratch), rows_per_piece)
+    with job(out, settings, engine or LocalEngine()) as work, tempfile.TemporaryDirectory() as scratch:
+        pieces = _batched(source.rows(Path(scratch)), rows_per_piece)
         done = work.run("convert", partial(_convert_piece, source, shard_bytes), pieces, source.count())
         results = list(_usable(done, max_skipped))
         counts = Converted(sum(one["samples"] for one in results), sum(one["skipped"] for one in results))
@@ -122,7 +122,7 @@ def _convert_piece(
         "shards": writer.shards,
         "samples": samples,
         "skipped": sum(fault.samples for fault in faults),
-        "first": faults[0].reason if faults else None,
+        "first": next((fault.reason for fault in faults if fault.samples), None),
     }
 
 

@@ -19,14 +19,15 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 
 def whole_size(data: bytes) -> tuple[int, int] | None:
     """Width and height in pixels of a JPEG or PNG that is whole; None for one that is not, or may not be."""
+    size = None
     try:
         if data.startswith(_PNG):
-            return _png_size(data)
-        if data.startswith(b"\xff\xd8\xff"):
-            return _jpeg_size(data)
+            size = _png_size(data)
+        elif data.startswith(b"\xff\xd8\xff"):
+            size = _jpeg_size(data)
     except (struct.error, IndexError):
         pass
-    return None
+    return size if size and all(size) else None
 
 
 def _png_size(data: bytes) -> tuple[int, int] | None:

@@ -31,6 +31,8 @@ INDEX = "index.json"
 SHARD_NAME = "{:05d}.tar"
 BLOCK = tarfile.BLOCKSIZE  # bytes
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_OCTAL = re.compile(rb"[0-7]+")
+_TIMES = re.compile(rb"(?:\d+ [acm]time=[\d.]+\n)+")  # of an extended header that says no more
 _PLAIN = (b"0", b"\0")  # types of a tar header that says all there is to say of a regular file
 
 
@@ -186,7 +188,7 @@ def _present(tar: Path) -> Path:
 def read_index(folder: str | Path) -> list[dict]:
     """The shards that `index.json` lists: `file`, `samples`, `bytes`, `sha256` of each. Raises UsageError."""
     try:
-        data = Folder(folder).read(INDEX)
+        data = Folder(folder).read_or_recall(INDEX)
         if data is None:
             raise UsageError(f"{folder}: no {INDEX}; a conversion that was cut short? run it again")
         shards = json.loads(data)["shards"]
@@ -231,8 +233,9 @@ def _samples(tar: Path) -> Iterator[tuple[int, Entry]]:
     """Where the first header of each sample starts, and the sample."""
     key: str | None = None
     seen: set[str] = set()
-    start, parts = 0, []
-    for header, name, offset, size in _members(tar):
+    start = 0
+    parts: list[tuple[str, int, int]] = []
+    for header, name, offset, size in members(tar):
         stem, extension = split_name(tar, name)
         if stem != key:
             if key is not None:
@@ -261,7 +264,7 @@ def _entry_at(tar: Path, start: int, end: int) -> Entry:
     """The sample between two offsets."""
     parts: list[tuple[str, int, int]] = []
     key = ""
-    for _, name, offset, size in _members(tar, start, end):
+    for _, name, offset, size in members(tar, start, end):
         key, extension = split_name(tar, name)
         parts.append((extension, offset, size))
     return Entry(tar, key, tuple(parts))
@@ -279,7 +282,7 @@ def split_name(tar: Path, name: str) -> tuple[str, str]:
     return folder + slash + stem, extension
 
 
-def _members(tar: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, str, int, int]]:
+def members(tar: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[int, str, int, int]]:
     """Offset of the header, name, offset and size of every regular file, of the whole tar or from `start` to `end`.
 
     Links, devices and folders are nothing that a sample is made of.
@@ -305,23 +308,39 @@ def _members(tar: Path, start: int = 0, end: int | None = None) -> Iterator[tupl
 def _header_at(file: IO[bytes], here: int) -> tuple[str, int, int, bool] | None:
     """Name, offset, size and whether it is a regular file, of the member at `here`; None at the end, or past it.
 
-    The plain header that nearly every member has is read here, in a tenth of the time; tarfile reads the others.
+    The headers that nearly every member has are read here, in a tenth of the time; tarfile reads the others.
     """
     file.seek(here)
     block = file.read(BLOCK)
     if not block.strip(b"\0") or (here and len(block) < BLOCK):
         return None
-    fields = block[124:136].rstrip(b"\0 "), block[148:156].rstrip(b"\0 ")
-    if block[156:157] in _PLAIN and block[257:262] == b"ustar" and all(field.isdigit() for field in fields):
-        size, checksum = (int(field, 8) for field in fields)
-        name = (block[345:500].rstrip(b"\0") + b"/" if block[345] else b"") + block[:100].partition(b"\0")[0]
-        if checksum == sum(block) - sum(block[148:156]) + 8 * ord(" ") and not name.endswith(b"/"):
-            return name.decode("utf-8", "surrogateescape"), here + BLOCK, size, True
+    plain = _plain_header(block)
+    if plain is not None and plain[0] == b"x" and plain[2] <= BLOCK and _TIMES.fullmatch(file.read(BLOCK)[: plain[2]]):
+        # webdataset, and so img2dataset, puts a header with the time in fractions of a second before every member.
+        plain, start = _plain_header(file.read(BLOCK)), here + 2 * BLOCK
+    else:
+        start = here
+    if plain is not None and plain[0] in _PLAIN and not plain[1].endswith(b"/"):
+        return plain[1].decode("utf-8", "surrogateescape"), start + BLOCK, plain[2], True
     file.seek(here)
     member = tarfile.TarFile(fileobj=file).next()
     if member is None:  # tarfile takes a damaged header for the end
         raise tarfile.ReadError(f"invalid header at byte {here}")
+    if member.issparse():  # its size is more than what is stored: it would take what follows for a part of it
+        raise tarfile.ReadError(f"a file with holes at byte {here}")
     return member.name, member.offset_data, member.size if member.isreg() else 0, member.isreg()
+
+
+def _plain_header(block: bytes) -> tuple[bytes, bytes, int] | None:
+    """Type, name and size that a header of ordinary numbers gives; None for any other."""
+    fields = block[124:136].rstrip(b"\0 "), block[148:156].rstrip(b"\0 ")
+    if len(block) < BLOCK or block[257:262] != b"ustar" or not all(map(_OCTAL.fullmatch, fields)):
+        return None
+    size, checksum = (int(field, 8) for field in fields)
+    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        return None
+    name = (block[345:500].rstrip(b"\0") + b"/" if block[345] else b"") + block[:100].partition(b"\0")[0]
+    return block[156:157], name, size
 
 
 @contextmanager

@@ -221,7 +221,7 @@ FAULTS = {
     "missing image": ({"image": "no.png", "text": "t"}, "no.png: No such file", "check the path or give --images"),
     "a folder": ({"image": ".", "text": "t"}, "Is a directory", "check the path or give --images"),
     "a zero byte": ({"image": "a\0b", "text": "t"}, "null byte", "check the path or give --images"),
-    "an address": ({"image": "https://example.org/a.png", "text": "t"}, "No such file", "check the path"),
+    "an address": ({"image": "https://example.org/a.png", "text": "t"}, "an address", "download them with img2dataset first"),
     "no picture": ({"image": "page.png", "text": "t"}, "image {images}/page.png: not a JPEG", "convert it to one"),
     "truncated": ({"image": "cut.png", "text": "t"}, "cut.png: damaged or truncated", "replace the file"),
     "empty file": ({"image": "empty.png", "text": "t"}, "empty.png: an empty file", "replace it"),
