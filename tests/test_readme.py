@@ -47,6 +47,8 @@ def place(tmp_path_factory, make_model, make_processor, make_picture, make_tower
     ):
         make_picture(index).save(folder / name)
     (folder / "pairs.jsonl").write_text(blocks("json")[0])
+    (folder / "sheet.csv").write_text("file,title\n0001.jpg,a large dog in the park\n0002.jpg,a small cat on a mat\n")
+    (folder / "corpus.txt").write_text("A sentence of the corpus. " * 100)
     answers = [{"answer": "red"}] * 10
     official = {
         "results.json": [{"question_id": 1, "answer": "red", "image_id": 1, "caption": "a red circle"}],
