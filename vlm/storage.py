@@ -59,7 +59,10 @@ class Folder:
             yield file
             file.flush()
             with reached(join(self.place, name)) as (filesystem, path):
-                filesystem.put_file(file.name, path)
+                try:
+                    filesystem.put_file(file.name, path)
+                except FileNotFoundError:
+                    raise RunError(f"{self.place}: no such bucket or folder; make it first") from None
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, None where it is not there."""
@@ -100,11 +103,13 @@ class Folder:
         """Remove a file or folder in it, or the folder itself; it need not be there. A bucket stays, emptied."""
         with reached(join(self.place, name).rstrip("/")) as (filesystem, path):
             filesystem.invalidate_cache()
-            if filesystem.exists(path):
-                far = is_address(self.place) and filesystem.isdir(path)
-                # Asked to remove a bucket, some storages do.
-                for entry in filesystem.ls(path, detail=False) if far else [path]:
-                    filesystem.rm(entry, recursive=True)
+            if not filesystem.exists(path):
+                return
+            # Asked to remove a bucket, some storages do.
+            bucket = is_address(self.place) and "/" not in path.strip("/")
+            entries = filesystem.ls(path, detail=False) if bucket else [path]
+            if entries:
+                filesystem.rm(entries, recursive=True)
 
 
 @contextmanager
@@ -125,7 +130,7 @@ def reached(place: str) -> Iterator[tuple[Any, str]]:
 
 
 def _resolved(place: str) -> tuple[Any, str]:
-    protocol = place.partition("://")[0]
+    protocol = place.partition("://")[0].rpartition("::")[2]
     if protocol not in fsspec.available_protocols():
         raise UsageError(f"{place}: no storage is called {protocol}; use s3://, gs://, hf:// or https://")
     try:
