@@ -71,7 +71,7 @@ def room(monkeypatch):
 def test_scenes(failing, room, tmp_path, calls):
     """In the first split, or when others are whole already."""
     room(ShardFileWriter, "write", calls)
-    line = failing("data", "scenes", tmp_path / "s", "--train", "4", "--val", "2", "--test", "2")
+    line = failing("data", "scenes", tmp_path / "s", "--train", "4", "--val", "2", "--test", "2", "--processes", "1")
     assert line == f"error: {tmp_path}/s: no space left on the disk; free some and run it again\n"
     assert not list(tmp_path.iterdir())
 
