@@ -221,8 +221,9 @@ def _digest(path: Path, promised: str | None = None) -> str:
 
 def _note(path: Path, digest: str) -> None:
     note, state = _noted(path, digest)
-    with suppress(OSError), atomic_write(note, "w") as file:  # a cache that cannot be written costs time only
-        file.write(state)
+    with suppress(OSError):  # a cache that cannot be written costs time only, and so does a note half-written
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(state, "utf-8")
 
 
 def _noted(path: Path, digest: str) -> tuple[Path, str]:

@@ -27,7 +27,7 @@ TINY = [
 def scenes(tmp_path_factory) -> Path:
     """A few generated pictures."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    generate_scenes(folder, train=12, val=4, test=2, processes=1)
+    generate_scenes(folder, train=12, val=4, test=2)
     return folder
 
 
