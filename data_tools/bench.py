@@ -5,6 +5,7 @@ Knows what to measure and against what. Knows nothing of how it is done: it call
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -66,7 +67,7 @@ def bench_data(
     with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
         source = _make_pairs(Path(folder), samples)
         convert(source, Path(folder, "shards"), images=Path(folder, "pictures"))
-        return [bench(Path(folder), rounds) for name, bench in timed.items() if against in (None, name)]
+        return [row for name, bench in timed.items() if against in (None, name) for row in bench(Path(folder), rounds)]
 
 
 def _make_pairs(folder: Path, samples: int) -> Path:
@@ -86,34 +87,42 @@ def _make_pairs(folder: Path, samples: int) -> Path:
 # Converting
 
 
-def _bench_convert(folder: Path, rounds: int) -> Row:
-    """Against processes that read every picture and write its bytes to disk, and do nothing else."""
+def _bench_convert(folder: Path, rounds: int) -> list[Row]:
+    """Against processes that read every picture and write its bytes to disk, and against those that hash them too.
+
+    Conversion owes its index the sha256, so the second is the most that it can reach where the disk is no limit.
+    """
     source, pictures = folder / "pairs.jsonl", folder / "pictures"
     samples = sum(1 for _ in open(source))
     made = (folder / f"made{number}" for number in range(10**6))
     ours = partial(_rate, samples, lambda: convert(source, next(made), images=pictures))
-    peer = partial(_rate, samples, lambda: _copy_all(source, pictures, next(made)))
-    return Row(
-        "convert jsonl",
-        *interleaved(ours, peer, rounds),
-        "samples/s",
-        f"{samples} JPEGs of {_mean_kb(pictures):.0f} kB, {usable_cores()} processes; peer: read and rewrite the bytes",
-        "ratio ≥ 0.9",
-    )
+    held = f"{samples} JPEGs of {_mean_kb(pictures):.0f} kB, {usable_cores()} processes; peer: read"
+    rows = []
+    for hashed in (False, True):
+        peer = partial(_rate, samples, partial(_copy_all, source, pictures, made, hashed))
+        conditions = f"{held}, hash and rewrite the bytes" if hashed else f"{held} and rewrite the bytes"
+        target = "" if hashed else "ratio ≥ 0.9"
+        rows.append(Row("convert jsonl", *interleaved(ours, peer, rounds), "samples/s", conditions, target))
+    return rows
 
 
-def _copy_all(source: Path, pictures: Path, out: Path) -> None:
+def _copy_all(source: Path, pictures: Path, made: Iterator[Path], hashed: bool) -> None:
+    out = next(made)
     out.mkdir()
     names = [json.loads(line)["image"] for line in open(source)]
     pieces = [names[start : start + 1000] for start in range(0, len(names), 1000)]
-    list(LocalEngine().map(partial(_copy, pictures, out), enumerate(pieces)))
+    list(LocalEngine().map(partial(_copy, pictures, out, hashed), enumerate(pieces)))
 
 
-def _copy(pictures: Path, out: Path, numbered: tuple[int, list[str]]) -> None:
+def _copy(pictures: Path, out: Path, hashed: bool, numbered: tuple[int, list[str]]) -> None:
     number, names = numbered
+    digest = hashlib.sha256()
     with open(out / str(number), "wb") as file:
         for name in names:
-            file.write((pictures / name).read_bytes())
+            data = (pictures / name).read_bytes()
+            file.write(data)
+            if hashed:
+                digest.update(data)
         file.flush()
         os.fsync(file.fileno())
 
@@ -121,23 +130,18 @@ def _copy(pictures: Path, out: Path, numbered: tuple[int, list[str]]) -> None:
 # Reading
 
 
-def _bench_pil(folder: Path, rounds: int) -> Row:
+def _bench_pil(folder: Path, rounds: int) -> list[Row]:
     """Against Pillow alone, on bytes that are in memory already."""
     shards = Shards.open(folder / "shards")
     count = min(len(shards), 1000)
     encoded = [shards[index].images[0] for index in range(count)]
     ours = partial(_rate, count, lambda: [_ours(shards, index) for index in range(count)])
     peer = partial(_rate, count, lambda: [_resized(Image.open(io.BytesIO(data)).convert("RGB")) for data in encoded])
-    return Row(
-        "read from shards",
-        *interleaved(ours, peer, rounds),
-        "images/s",
-        f"1 process, JPEG {SIDE}² decoded and resized to {RESIZED}²; peer: Pillow on bytes in memory",
-        "ratio ≥ 0.9",
-    )
+    conditions = f"1 process, JPEG {SIDE}² decoded and resized to {RESIZED}²; peer: Pillow on bytes in memory"
+    return [Row("read from shards", *interleaved(ours, peer, rounds), "images/s", conditions, "ratio ≥ 0.9")]
 
 
-def _bench_webdataset(folder: Path, rounds: int) -> Row:
+def _bench_webdataset(folder: Path, rounds: int) -> list[Row]:
     """Against a plain pipeline of webdataset over the same shards."""
     import webdataset
 
@@ -151,13 +155,8 @@ def _bench_webdataset(folder: Path, rounds: int) -> Row:
 
     ours = partial(_rate, count, lambda: [_ours(shards, index) for index in range(count)])
     peer = partial(_rate, count, lambda: [next(stream) for stream in repeat(theirs(), count)])
-    return Row(
-        "read from shards, webdataset",
-        *interleaved(ours, peer, rounds),
-        "images/s",
-        f"1 process, picture and JSON, resized to {RESIZED}²; peer: WebDataset(…).decode('pil')",
-        "ratio > 1",
-    )
+    conditions = f"1 process, picture and JSON, resized to {RESIZED}²; peer: WebDataset(…).decode('pil')"
+    return [Row("read from shards", *interleaved(ours, peer, rounds), "images/s", conditions, "ratio > 1")]
 
 
 def _ours(shards: Shards, index: int) -> np.ndarray:

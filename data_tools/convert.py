@@ -17,7 +17,7 @@ from typing import Any
 
 from vlm.errors import UsageError
 from vlm.images import check_image, extension_of
-from vlm.samples import SampleError, parse_sample
+from vlm.samples import SampleError, make_sample
 from vlm.shards import write_index
 from vlm.storage import Folder, join
 
@@ -141,17 +141,16 @@ def _records(source: Source, rows: Sequence[Any], faults: list[Skipped]) -> Iter
 
 def _parts(record: Record) -> dict[str, bytes]:
     """The sample's files. Several images are numbered in their order."""
-    parts = {}
+    parts: dict[str, bytes] = {}
     for number, image in enumerate(record.images):
         data = _image_bytes(record.place, image)
         extension = extension_of(data)
         parts[extension if len(record.images) == 1 else f"{number}.{extension}"] = data
-    parts["json"] = json.dumps(record.fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
     try:
-        parse_sample(record.key, parts)
+        make_sample(record.key, record.fields, tuple(parts.values()))
     except SampleError as error:
         raise UsageError(f"{record.place}: {error}") from None
-    return parts
+    return parts | {"json": json.dumps(record.fields, ensure_ascii=False).encode("utf-8", "surrogatepass")}
 
 
 def _image_bytes(place: str, image: Path | bytes) -> bytes:

@@ -53,7 +53,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows for a person to read."""
-    shown = Table("", "ours", "peer", "ratio", "target", "conditions")
+    shown = Table("", "ours", "peer", "ratio", "target", "conditions", show_lines=True)
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         peer = "" if row.peer is None else f"{row.peer:,.4g}"

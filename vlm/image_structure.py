@@ -5,16 +5,15 @@ Knows the chunks of PNG and the segments of JPEG. Knows nothing of pixels: what 
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
+
+import numpy as np
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _SCAN, _END = 0xDA, 0xD9
 _TABLES = (0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))  # what may stand between two scans
-# In the data of a scan a byte 0xFF is followed by 0x00, or by a restart marker.
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 
 
 def whole_size(data: bytes) -> tuple[int, int] | None:
@@ -51,6 +50,7 @@ def _png_size(data: bytes) -> tuple[int, int] | None:
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Segment follows segment up to the end marker, which ends the file; no marker in a scan's data that ought not to be."""
     size, scans, place = None, 0, 2
+    markers = _markers(data)
     while True:
         if data[place] != 0xFF:
             return None
@@ -68,7 +68,12 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         place += 2 + length
         if marker == _SCAN:
             scans += 1
-            found = _MARKER.search(data, place)
-            if found is None:
-                return None
-            place = found.start()
+            place = int(markers[np.searchsorted(markers, place)])
+
+
+def _markers(data: bytes) -> np.ndarray:
+    """Where a marker stands that ends the data of a scan: a byte 0xFF, but before 0x00 or the number of a restart."""
+    values = np.frombuffer(data, np.uint8)
+    places = np.flatnonzero(values[:-1] == 0xFF)
+    following = values[places + 1]
+    return places[(following != 0) & ((following < 0xD0) | (following > 0xD7))]

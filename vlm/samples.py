@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,16 +70,22 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
     Parts of other names are passed over, never decoded. Raises SampleError for JSON that can not be read, an empty
     question or answer, a conversation with more image places than images, or a sample that holds nothing.
     """
-    fields = _json_fields(key, parts)
     images = tuple(parts[name] for name in sorted(filter(is_image_part, parts), key=_image_order))
+    beside = _utf8(key, "txt", parts["txt"]).strip() if "txt" in parts else None
+    return make_sample(key, _json_fields(key, parts), images, beside)
+
+
+def make_sample(key: str, fields: Mapping[str, Any], images: Sequence[bytes], beside: str | None = None) -> Sample:
+    """Make a sample of its JSON fields and encoded images; `beside` is the caption where the fields have none.
+
+    Raises SampleError as `parse_sample` does.
+    """
     listed = _captions(key, fields.get("captions"))
     caption = fields.get("caption")
-    if caption is None and "txt" in parts:
-        caption = _utf8(key, "txt", parts["txt"]).strip()
-    caption = _optional_text(key, "caption", caption) or (listed[0] if listed else None)
+    caption = _optional_text(key, "caption", beside if caption is None else caption) or (listed[0] if listed else None)
     sample = Sample(
         key=key,
-        images=images,
+        images=tuple(images),
         caption=caption,
         questions=_questions(key, fields),
         messages=_messages(key, fields.get("messages"), len(images)),
@@ -88,7 +94,7 @@ def parse_sample(key: str, parts: Mapping[str, bytes]) -> Sample:
         other_captions=tuple(other for other in listed if other != caption),
     )
     if not (sample.images or sample.caption or sample.questions or sample.messages or sample.text):
-        raise SampleError(f"sample {key}: nothing usable in {sorted(parts)}; give an image, .txt or .json part")
+        raise SampleError(f"sample {key}: nothing usable in {sorted(fields)}; give an image, .txt or .json part")
     return sample
 
 
@@ -188,7 +194,7 @@ def _captions(key: str, captions: Any) -> tuple[str, ...]:
     return tuple(caption for caption in given if caption is not None)
 
 
-def _questions(key: str, fields: dict[str, Any]) -> tuple[Question, ...]:
+def _questions(key: str, fields: Mapping[str, Any]) -> tuple[Question, ...]:
     entries = fields.get("qa") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise SampleError(f'sample {key}: qa is not a list of objects; write [{{"question": …, "answer": …}}]')

@@ -381,8 +381,10 @@ class ShardFileWriter:
         if not parts:
             raise UsageError(f"key {key!r} has no parts; give an image, .txt or .json part")
         self._keys.add(key)
+        blocks: list[bytes] = []
         for extension, data in parts.items():
-            self._add(_header(f"{key}.{extension}", len(data)), data, bytes(-len(data) % BLOCK))
+            blocks += [_header(f"{key}.{extension}", len(data)), data, bytes(-len(data) % BLOCK)]
+        self._add(*blocks)
         self.samples += 1
 
     def size_with(self, parts: Mapping[str, bytes]) -> int:
@@ -414,14 +416,24 @@ def _header(name: str, size: int) -> bytes:
         member = tarfile.TarInfo(name)
         member.size = size
         return member.tobuf(tarfile.PAX_FORMAT)
-    header = bytearray(_TEMPLATE)
-    header[: len(encoded)] = encoded
-    header[124:135] = b"%011o" % size
-    header[148:156] = b"%06o\0 " % (sum(header) - sum(header[148:156]) + 8 * ord(" "))
-    return bytes(header)
+    digits = b"%011o" % size
+    checksum = _TEMPLATE_SUM + sum(encoded) + sum(digits)
+    return b"".join(
+        (
+            encoded.ljust(100, b"\0"),
+            _TEMPLATE[100:124],
+            digits,
+            b"\0",
+            _TEMPLATE[136:148],
+            b"%06o\0 " % checksum,
+            _TEMPLATE[156:],
+        )
+    )
 
 
 _TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT)
+# Of all bytes but the size's digits; those of the checksum itself count as spaces.
+_TEMPLATE_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:135]) - sum(_TEMPLATE[148:156]) + 8 * ord(" ")
 
 
 def write_index(folder: str | Path, shards: Sequence[Mapping[str, Any]]) -> None:

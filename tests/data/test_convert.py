@@ -160,7 +160,7 @@ def test_a_mistake_in_the_program_is_no_skipped_sample(source, tmp_path: Path, m
     def mistaken(*_: object) -> None:
         raise TypeError("a mistake")
 
-    monkeypatch.setattr("vlm.data_tools.convert.parse_sample", mistaken)
+    monkeypatch.setattr("vlm.data_tools.convert.make_sample", mistaken)
     with pytest.raises(TypeError, match="a mistake"):
         convert(source(*[{"text": "t"}] * 30), tmp_path / "out", samples_per_shard=10, engine=LocalEngine(2))
     assert not (tmp_path / "out").exists()
@@ -170,22 +170,22 @@ def test_killed_and_started_again_it_goes_on(source, tmp_path: Path, monkeypatch
     """Nothing is written twice, and the bytes are those of a run that nobody killed."""
     rows = source(*[{"text": str(number)} for number in range(60)])
     convert(rows, tmp_path / "straight", samples_per_shard=10)
-    real, made = vlm.data_tools.convert.parse_sample, []
+    real, made = vlm.data_tools.convert.make_sample, []
 
-    def dies(key: str, parts: dict[str, bytes]) -> Any:
+    def dies(key: str, *rest: Any) -> Any:
         made.append(key)
         if len(made) == 35:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(key, parts)
+        return real(key, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("vlm.data_tools.convert.parse_sample", dies)
+        patch.setattr("vlm.data_tools.convert.make_sample", dies)
         arguments = {"src": rows, "out": tmp_path / "out", "samples_per_shard": 10, "engine": LocalEngine(1)}
         child = multiprocessing.get_context("fork").Process(target=convert, kwargs=arguments)
         child.start()
         child.join()
     assert child.exitcode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    monkeypatch.setattr("vlm.data_tools.convert.parse_sample", lambda key, parts: made.append(key) or real(key, parts))
+    monkeypatch.setattr("vlm.data_tools.convert.make_sample", lambda key, *rest: made.append(key) or real(key, *rest))
     assert convert(**arguments).samples == 60
     assert made == [f"{number:08d}" for number in range(31, 61)], "the first three shards were whole"
     assert written(tmp_path / "out") == written(tmp_path / "straight")
@@ -317,14 +317,14 @@ def test_a_disk_that_runs_full_leaves_nothing(place, source, tmp_path: Path, mon
 def test_killed_half_way_it_leaves_nothing_that_looks_whole(source, tmp_path: Path, monkeypatch) -> None:
     seen: list[str] = []
 
-    def dies(key: str, parts: dict[str, bytes]) -> None:
+    def dies(key: str, *rest: Any) -> None:
         seen.append(key)
         if len(seen) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 
     rows = source(*[GOOD] * 9)
     with monkeypatch.context() as patch:
-        patch.setattr("vlm.data_tools.convert.parse_sample", dies)
+        patch.setattr("vlm.data_tools.convert.make_sample", dies)
         child = multiprocessing.get_context("fork").Process(target=convert, args=(rows, tmp_path / "out"))
         child.start()
         child.join()

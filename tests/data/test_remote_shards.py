@@ -174,17 +174,17 @@ def test_a_bucket_itself_and_memory_are_folders_too(bucket: str, rows: Path, loc
 
 
 def test_killed_half_way_there_is_no_index_and_it_goes_on(bucket: str, rows: Path, local: Any, monkeypatch) -> None:
-    real, made = vlm.data_tools.convert.parse_sample, []
+    real, made = vlm.data_tools.convert.make_sample, []
 
-    def dies(key: str, parts: dict[str, bytes]) -> Any:
+    def dies(key: str, *rest: Any) -> Any:
         made.append(key)
         if len(made) == 35:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(key, parts)
+        return real(key, *rest)
 
     arguments = {"out": f"{bucket}/out", "samples_per_shard": PER_SHARD, "engine": LocalEngine(1)}
     with monkeypatch.context() as patch:
-        patch.setattr("vlm.data_tools.convert.parse_sample", dies)
+        patch.setattr("vlm.data_tools.convert.make_sample", dies)
         child = FORK.Process(target=convert, args=(rows,), kwargs=arguments)
         child.start()
         child.join(60)
@@ -193,7 +193,7 @@ def test_killed_half_way_there_is_no_index_and_it_goes_on(bucket: str, rows: Pat
     assert "index.json" not in left and "00002.tar" in left and "00003.tar" not in left
     with pytest.raises(UsageError, match="out: no index.json; a conversion that was cut short. run it again"):
         Shards.open(f"{bucket}/out")
-    monkeypatch.setattr("vlm.data_tools.convert.parse_sample", lambda key, parts: made.append(key) or real(key, parts))
+    monkeypatch.setattr("vlm.data_tools.convert.make_sample", lambda key, *rest: made.append(key) or real(key, *rest))
     convert(rows, **arguments)
     assert made[0] == f"{31:08d}" and stored(f"{bucket}/out") == local
 
