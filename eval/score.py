@@ -7,53 +7,86 @@ are counted and the first few named.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vlm.errors import UsageError
 from vlm.files import atomic_write
 
-from .metrics.caption import caption_metrics
-from .metrics.vqa import vqa_accuracy
+from .metrics.caption import CIDER_NAME, caption_scores, tokenized
+from .metrics.java import JAVA_METRICS, java_scores
+from .metrics.vqa import MODES, Mode, vqa_accuracy
 
 NAMED = 3
 VQA_ANNOTATION = ("question_id", "answers", "question_type", "answer_type")
 
 
 def score_vqa(
-    results: str | Path, questions: str | Path, annotations: str | Path, out: str | Path | None = None
+    results: str | Path,
+    questions: str | Path,
+    annotations: str | Path,
+    out: str | Path | None = None,
+    mode: Mode = "official",
 ) -> dict[str, Any]:
-    """`{"accuracy": {"overall", "perQuestionType", "perAnswerType"}, …}` of `[{"question_id": int, "answer": str}]`.
+    """`{"accuracy": {"overall", "perQuestionType", "perAnswerType"}, "mode", "n"}` of `[{"question_id", "answer"}]`.
 
-    Percentages to two decimals, as the official program prints them. out: a file to write the same to.
-    Raises UsageError for a file of another kind and for question ids that do not match.
+    Percentages to two decimals, as the official program prints them. out: a file to write the same to. mode: `official`,
+    or `lmms` for answers that are always normalised (see `metrics.vqa`).
+    Raises UsageError for an unknown mode, a file of another kind and question ids that do not match.
     """
-    said = _predictions(Path(results), "question_id", "answer")
-    asked = _ids(Path(questions), _section(Path(questions), "questions", ("question_id",)), "question_id")
-    truths = _section(Path(annotations), "annotations", VQA_ANNOTATION)
-    _check_answers(Path(annotations), truths)
-    _match(Path(annotations), _ids(Path(annotations), truths, "question_id"), asked, f"question ids of {questions}")
-    _match(Path(results), list(said), asked, f"question ids of {questions}")
-    return _written({"accuracy": vqa_accuracy(said, truths), "mode": "official", "n": len(truths)}, out)
+    _choose("mode", mode, MODES)
+    with _no_collection():
+        said = _predictions(Path(results), "question_id", "answer")
+        asked = _ids(Path(questions), _section(Path(questions), "questions", ("question_id",)), "question_id")
+        truths = _section(Path(annotations), "annotations", VQA_ANNOTATION)
+        _check_answers(Path(annotations), truths)
+        _match(Path(annotations), _ids(Path(annotations), truths, "question_id"), asked, f"question ids of {questions}")
+        _match(Path(results), list(said), asked, f"question ids of {questions}")
+        accuracy = vqa_accuracy(said, truths, mode)
+    return _written({"accuracy": accuracy, "mode": mode, "n": len(truths)}, out)
 
 
-def score_caption(results: str | Path, annotations: str | Path, out: str | Path | None = None) -> dict[str, Any]:
-    """`{"metrics": {"Bleu_1", …, "Bleu_4", "ROUGE_L", "CIDEr"}, …}` of `[{"image_id": int, "caption": str}]`.
+def score_caption(
+    results: str | Path, annotations: str | Path, out: str | Path | None = None, java: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`{"metrics": {"Bleu_1", …, "Bleu_4", "ROUGE_L", "CIDEr"}, "CIDEr_is", "n"}` of `[{"image_id", "caption"}]`.
 
-    On the scale of coco-caption: 0 to 1, CIDEr 0 to 10. out: a file to write the same to.
-    Raises UsageError for a file of another kind and for image ids that do not match.
+    On the scale of coco-caption: 0 to 1, CIDEr 0 to 10. out: a file to write the same to. java: of METEOR and SPICE
+    those wanted too; they need Java and the package pycocoevalcap.
+    Raises UsageError for a file of another kind, image ids that do not match, and metrics that can not be had here.
     """
-    said = _predictions(Path(results), "image_id", "caption")
-    references: dict[int, list[str]] = {}
-    for place, entry in enumerate(_section(Path(annotations), "annotations", ("image_id", "caption"))):
-        if not isinstance(entry["caption"], str):
-            raise UsageError(f"{annotations}: annotations[{place}] has no caption in words; give the official file")
-        references.setdefault(entry["image_id"], []).append(entry["caption"])
-    _match(Path(results), list(said), list(references), f"image ids of {annotations}")
-    return _written({"metrics": caption_metrics(said, references), "n": len(references)}, out)
+    for name in java:
+        _choose("metric", name, JAVA_METRICS)
+    with _no_collection():
+        said = _predictions(Path(results), "image_id", "caption")
+        references = _references(Path(annotations))
+        _match(Path(results), list(said), list(references), f"image ids of {annotations}")
+        captions = tokenized(said, references)
+        scores = caption_scores(captions) | java_scores(captions, java)
+    metrics = {name: score for name, (score, _) in scores.items()}
+    return _written({"metrics": metrics, "CIDEr_is": CIDER_NAME, "n": len(references)}, out)
+
+
+def _choose(what: str, given: str, names: Sequence[str]) -> None:
+    if given not in names:
+        raise UsageError(f"{what} {given!r} is unknown; choose of {', '.join(names)}")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of small entries without a cycle among them: the collector would walk through them again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _read(path: Path) -> Any:
@@ -65,6 +98,22 @@ def _read(path: Path) -> Any:
         raise UsageError(f"{path}: can not be opened ({error.strerror}); give a readable file") from None
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not JSON ({error}); a download that was cut short? fetch it again") from None
+
+
+def _references(path: Path) -> dict[int, list[str]]:
+    """image_id -> captions, in the order in which the official program goes through them: that of "images"."""
+    content = _read(path)
+    references: dict[int, list[str]] = {}
+    for place, entry in enumerate(_entries(path, content, "annotations", ("image_id", "caption"))):
+        if type(entry["image_id"]) is not int or not isinstance(entry["caption"], str):
+            raise UsageError(f"{path}: annotations[{place}] has no caption in words; give the official file")
+        references.setdefault(entry["image_id"], []).append(entry["caption"])
+    listed = content.get("images")
+    if isinstance(listed, list):
+        ids = [image.get("id") for image in listed if isinstance(image, dict)]
+        order = {one: place for place, one in enumerate(ids) if type(one) is int}
+        return dict(sorted(references.items(), key=lambda pair: order.get(pair[0], len(order))))
+    return references
 
 
 def _predictions(path: Path, key: str, value: str) -> dict[int, str]:
@@ -85,7 +134,10 @@ def _predictions(path: Path, key: str, value: str) -> dict[int, str]:
 
 def _section(path: Path, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     """The list `name` of an official file, each entry with `fields`. Raises UsageError for a file of another kind."""
-    content = _read(path)
+    return _entries(path, _read(path), name, fields)
+
+
+def _entries(path: Path, content: Any, name: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
     entries = content.get(name) if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise UsageError(f'{path}: no list "{name}" is in it; give the official file of {name}')
@@ -109,6 +161,9 @@ def _check_answers(path: Path, annotations: list[dict[str, Any]]) -> None:
 
 def _ids(path: Path, entries: Iterable[dict[str, Any]], key: str) -> list[int]:
     ids = [entry[key] for entry in entries]
+    odd = [one for one in ids if type(one) is not int]
+    if odd:
+        raise UsageError(f"{path}: {key} {json.dumps(odd[0])[:60]} is not a whole number; give the official file")
     _refuse_twice(path, key, ids)
     return ids
 

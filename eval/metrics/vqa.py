@@ -1,6 +1,7 @@
 """VQA accuracy as the official evaluation computes it. Knows strings and human answers; nothing of models or files.
 
-Held to GT-Vision-Lab/VQA, `vqaEval.py` (Antol et al. 2015, https://visualqa.org/evaluation.html), quirks included:
+Mode `official` is held to GT-Vision-Lab/VQA, `vqaEval.py` (Antol et al. 2015, https://visualqa.org/evaluation.html),
+quirks included:
 
 * prediction and human answers are normalised only where the human answers differ; unanimous ones are taken as they are;
 * a punctuation mark vanishes if it touches a space anywhere in the text, or if the text holds a digit,comma,digit;
@@ -8,6 +9,9 @@ Held to GT-Vision-Lab/VQA, `vqaEval.py` (Antol et al. 2015, https://visualqa.org
 * full stops before anything but a digit vanish, the first 32 only (a flag passed where `re.sub` takes a count);
 * number words become digits, `none` too; articles go; contractions get their apostrophes back, `somebody'd` loses its;
 * "the others" of a human answer are the entries unequal to it, so entries without an id of their own drop out together.
+
+Mode `lmms` is held to lmms-eval 0.7 (`tasks/vqav2/utils.py`): prediction and human answers are always normalised, and
+several commas between two digits count as one does; else it is the same.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
+
+Mode = Literal["official", "lmms"]
+MODES = get_args(Mode)
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
+GROUPED_DIGITS = {"official": re.compile(r"\d,\d"), "lmms": re.compile(r"\d,+\d")}
 FULL_STOP = re.compile(r"\.(?!\d)")
 FULL_STOPS_REMOVED = int(re.UNICODE)  # 32: the flag that stands in the place of the count
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
@@ -44,16 +51,17 @@ def clean(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-@lru_cache(maxsize=1 << 16)
-def normalize(text: str) -> str:
-    """The official normalisation of an already `clean` answer: punctuation, number words, articles, contractions."""
+@lru_cache(maxsize=1 << 18)
+def normalize(text: str, mode: Mode = "official") -> str:
+    """The normalisation of an already `clean` answer: punctuation, number words, articles, contractions."""
     result = text
-    has_grouped_digits = DIGIT_COMMA_DIGIT.search(text) is not None
-    for mark in PUNCTUATION:
-        if mark in text:
-            vanishes = has_grouped_digits or f"{mark} " in text or f" {mark}" in text
-            result = result.replace(mark, "" if vanishes else " ")
-    result = FULL_STOP.sub("", result, count=FULL_STOPS_REMOVED)
+    if not text.isalnum():
+        has_grouped_digits = GROUPED_DIGITS[mode].search(text) is not None
+        for mark in PUNCTUATION:
+            if mark in text:
+                vanishes = has_grouped_digits or f"{mark} " in text or f" {mark}" in text
+                result = result.replace(mark, "" if vanishes else " ")
+        result = FULL_STOP.sub("", result, count=FULL_STOPS_REMOVED)
     words = (NUMBERS.get(word, word) for word in result.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
@@ -63,7 +71,9 @@ def exact_match(prediction: str, answer: str) -> float:
     return float(normalize(clean(prediction)) == normalize(clean(answer)))
 
 
-def question_accuracy(prediction: str, answers: Sequence[str] | Sequence[Mapping[str, Any]]) -> float:
+def question_accuracy(
+    prediction: str, answers: Sequence[str] | Sequence[Mapping[str, Any]], mode: Mode = "official"
+) -> float:
     """Accuracy in [0, 1] of one prediction against the people's answers.
 
     `answers` are the annotation's entries (`{"answer": …, "answer_id": …, …}`), or plain strings, each its own entry.
@@ -71,22 +81,27 @@ def question_accuracy(prediction: str, answers: Sequence[str] | Sequence[Mapping
     """
     if not answers:
         raise ValueError("no human answers to compare with")
-    given: list[dict[str, Any]] = [
-        dict(a) if isinstance(a, Mapping) else {"answer": a, "answer_id": i} for i, a in enumerate(answers)
-    ]
-    entries = [{**entry, "answer": clean(entry["answer"])} for entry in given]
+    given = [clean(a if isinstance(a, str) else a["answer"]) for a in answers]
     prediction = clean(prediction)
-    if len({entry["answer"] for entry in entries}) > 1:
-        entries = [{**entry, "answer": normalize(entry["answer"])} for entry in entries]
-        prediction = normalize(prediction)
-    shares = []
-    for entry in entries:
-        matching = sum(other["answer"] == prediction for other in entries if other != entry)
-        shares.append(min(1.0, matching / 3))
+    if mode == "lmms" or len(set(given)) > 1:
+        given = [normalize(answer, mode) for answer in given]
+        prediction = normalize(prediction, mode)
+    hits = [answer == prediction for answer in given]
+    shares = [min(1.0, (sum(hits) - alike) / 3) for alike in _hits_that_are_no_others(answers, given, hits)]
     return sum(shares) / len(shares)
 
 
-def vqa_accuracy(predictions: Mapping[int, str], annotations: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def _hits_that_are_no_others(answers: Sequence[Any], given: list[str], hits: list[bool]) -> list[int]:
+    """For each entry how many of the matching ones equal it, itself among them: those are not "the others"."""
+    if isinstance(answers[0], str) or len({entry.get("answer_id") for entry in answers}) == len(answers):
+        return [int(hit) for hit in hits]
+    entries = [{**entry, "answer": answer} for entry, answer in zip(answers, given, strict=True)]
+    return [sum(hit for hit, other in zip(hits, entries, strict=True) if other == entry) for entry in entries]
+
+
+def vqa_accuracy(
+    predictions: Mapping[int, str], annotations: Iterable[Mapping[str, Any]], mode: Mode = "official"
+) -> dict[str, Any]:
     """The official table: percentages rounded to two decimals, `overall`, `perQuestionType`, `perAnswerType`.
 
     `predictions`: question_id -> answer. `annotations`: the entries of the official file (`question_id`, `answers`,
@@ -96,7 +111,7 @@ def vqa_accuracy(predictions: Mapping[int, str], annotations: Iterable[Mapping[s
     per_question_type: dict[str, list[float]] = {}
     per_answer_type: dict[str, list[float]] = {}
     for annotation in annotations:
-        accuracy = question_accuracy(predictions[annotation["question_id"]], annotation["answers"])
+        accuracy = question_accuracy(predictions[annotation["question_id"]], annotation["answers"], mode)
         overall.append(accuracy)
         per_question_type.setdefault(annotation["question_type"], []).append(accuracy)
         per_answer_type.setdefault(annotation["answer_type"], []).append(accuracy)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from vlm.errors import UsageError
+from vlm.eval.bench import bench_score
 from vlm.eval.score import score_caption, score_vqa
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -49,10 +50,19 @@ def test_vqa_prints_the_official_numbers(vqa: dict[str, Path], tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "scores.json").read_text("utf-8")) == scores
 
 
+def test_the_mode_is_named_in_the_output(vqa: dict[str, Path]) -> None:
+    official, lmms = score_vqa(**vqa), score_vqa(**vqa, mode="lmms")
+    assert (official["mode"], lmms["mode"]) == ("official", "lmms")
+    assert official["accuracy"] != lmms["accuracy"]
+    with pytest.raises(UsageError, match="mode 'mmf' is unknown; choose of official, lmms"):
+        score_vqa(**vqa, mode="mmf")
+
+
 def test_captions_get_the_official_numbers(captions: dict[str, Path], tmp_path: Path) -> None:
     scores = score_caption(**captions, out=tmp_path / "scores.json")
     golden = json.loads((GOLDENS / "captions.json").read_text("utf-8"))["metrics"]
     assert scores["metrics"] == pytest.approx(golden, abs=1e-12)
+    assert scores["CIDEr_is"].startswith("CIDEr-D, sigma 6")
     assert json.loads((tmp_path / "scores.json").read_text("utf-8")) == scores
 
 
@@ -60,6 +70,47 @@ def test_the_order_of_predictions_does_not_matter(vqa: dict[str, Path]) -> None:
     before = score_vqa(**vqa)
     write(vqa["results"], json.loads(vqa["results"].read_text("utf-8"))[::-1])
     assert score_vqa(**vqa) == before
+
+
+def test_captions_are_read_in_the_order_of_the_images(tmp_path: Path) -> None:
+    """As the official program goes: what follows a letter at a caption's end tells whether it is an initial."""
+    truths = [{"image_id": 1, "caption": "vitamin C."}, {"image_id": 2, "caption": "Big red dog"}]
+    said = write(tmp_path / "said.json", [{"image_id": 1, "caption": "x"}, {"image_id": 2, "caption": "vitamin c"}])
+    scores = []
+    for order in ([1, 2], [2, 1]):
+        content = {"images": [{"id": n} for n in order], "annotations": truths}
+        truths_file = write(tmp_path / "captions.json", content)
+        said = write(said, [{"image_id": 1, "caption": "vitamin c"}, {"image_id": 2, "caption": "x"}])
+        scores.append(score_caption(said, truths_file)["metrics"]["Bleu_1"])
+    assert scores[0] < scores[1]
+
+
+def test_an_unknown_java_metric_is_refused(captions: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="metric 'BLEURT' is unknown; choose of METEOR, SPICE"):
+        score_caption(**captions, java=["BLEURT"])
+
+
+def test_ids_that_are_no_numbers_are_refused(vqa: dict[str, Path], captions: dict[str, Path]) -> None:
+    for odd in ("7", 7.5, None, [7]):
+        write(vqa["questions"], {"questions": [{"question_id": 7}, {"question_id": odd}]})
+        with pytest.raises(UsageError, match="question_id .* is not a whole number"):
+            score_vqa(**vqa)
+        write(captions["annotations"], {"annotations": [{"image_id": odd, "caption": "x"}]})
+        with pytest.raises(UsageError, match="annotations.0. has no "):
+            score_caption(**captions)
+
+
+def test_missing_and_extra_images_are_counted_and_named(captions: dict[str, Path]) -> None:
+    said = json.loads(captions["results"].read_text("utf-8"))
+    write(captions["results"], said[2:] + [{"image_id": 9001, "caption": "x"}])
+    with pytest.raises(UsageError, match=r"2 of 80 missing \(0, 1\), 1 extra \(9001\)"):
+        score_caption(**captions)
+
+
+def test_the_benchmark_measures_both() -> None:
+    rows = bench_score(questions=20, pictures=10)
+    assert [row.name for row in rows] == ["score vqa", "score caption"]
+    assert all(row.ours > 0 and row.unit == "s" for row in rows)
 
 
 def test_missing_and_extra_ids_are_counted_and_named(vqa: dict[str, Path], tmp_path: Path) -> None:

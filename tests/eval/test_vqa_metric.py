@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 
 from vlm.eval.metrics.vqa import CONTRACTIONS, exact_match, normalize, question_accuracy, vqa_accuracy
 
-GOLDEN = json.loads((Path(__file__).parent / "goldens" / "vqa.json").read_text("utf-8"))
+GOLDENS = Path(__file__).parent / "goldens"
+GOLDEN = json.loads((GOLDENS / "vqa.json").read_text("utf-8"))
+MANY = json.loads(gzip.decompress((GOLDENS / "many.json.gz").read_bytes()))["vqa"]
 SAID = {result["question_id"]: result["answer"] for result in GOLDEN["results"]}
 
 
@@ -21,6 +24,22 @@ def test_every_question_is_scored_as_officially() -> None:
     ours = [round(100 * question_accuracy(SAID[a["question_id"]], a["answers"]), 2) for a in GOLDEN["annotations"]]
     assert ours == GOLDEN["per_question"]
     assert len(set(ours)) > 5  # the goldens are not all right or all wrong
+
+
+@pytest.mark.parametrize(("mode", "gold"), [("official", "per_question"), ("lmms", "lmms_per_question")])
+def test_thousands_of_questions_are_scored_as_by_either_program(mode, gold) -> None:
+    said = {result["question_id"]: result["answer"] for result in MANY["results"]}
+    scores = [question_accuracy(said[a["question_id"]], a["answers"], mode) for a in MANY["annotations"]]
+    assert [round(100 * score, 2) for score in scores] == MANY[gold]
+    assert len(scores) == 4000
+    if mode == "official":
+        assert vqa_accuracy(said, MANY["annotations"]) == MANY["accuracy"]
+
+
+def test_the_modes_differ_where_people_agree_and_between_digits() -> None:
+    assert question_accuracy("Yes.", ["yes"] * 10, "official") == 0.0
+    assert question_accuracy("Yes.", ["yes"] * 10, "lmms") == 1.0
+    assert (normalize("1,,2", "official"), normalize("1,,2", "lmms")) == ("1 2", "12")
 
 
 def test_ten_people_give_min_of_matches_over_three_averaged_over_the_other_nine() -> None:
