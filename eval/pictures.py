@@ -1,6 +1,7 @@
 """Which pictures a model is shown: the sample's own, none to speak of (blind), or another sample's (shuffled).
 
-Knows samples and how to open their pictures. Knows nothing of tasks, scores or what is asked about a picture.
+Knows how to open pictures, wherever they are kept, and only when they are wanted. Knows nothing of tasks, scores or
+what is asked about a picture.
 """
 
 from __future__ import annotations
@@ -10,16 +11,36 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from PIL import Image
 
 from vlm.errors import UsageError
 from vlm.images import open_image
-from vlm.samples import Sample
 
 Pictures = tuple[Image.Image, ...]
 GREY = (128, 128, 128)
+
+
+class Pictured(Protocol):
+    """Something with pictures: each is what `open_image` takes, or a function that gives it when it is wanted."""
+
+    @property
+    def key(self) -> str:
+        """What a person finds it by."""
+
+    @property
+    def images(self) -> Sequence[Any]:
+        """Its pictures in order, not yet opened."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures that a question is asked about, by the name of the first."""
+
+    key: str
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -31,12 +52,12 @@ class Look:
     load: Callable[[Any], Pictures]
 
 
-def as_it_is(samples: Sequence[Sample]) -> Look:
+def as_it_is(samples: Sequence[Pictured]) -> Look:
     """Every sample with its own pictures."""
     return Look("true", lambda index: index, lambda index: _open(samples[index]))
 
 
-def blind(samples: Sequence[Sample], colour: tuple[int, int, int] = GREY) -> Look:
+def blind(samples: Sequence[Pictured], colour: tuple[int, int, int] = GREY) -> Look:
     """Every picture replaced by one of its size in a single colour: give the one that the processor makes zero."""
 
     @cache
@@ -50,7 +71,7 @@ def blind(samples: Sequence[Sample], colour: tuple[int, int, int] = GREY) -> Loo
     )
 
 
-def shuffled(samples: Sequence[Sample], seed: int = 0) -> Look:
+def shuffled(samples: Sequence[Pictured], seed: int = 0) -> Look:
     """Every sample with the pictures of another one that has as many; with its own only if no other has as many."""
     groups: dict[int, list[int]] = {}
     for index in range(len(samples)):
@@ -79,16 +100,31 @@ def _one_cycle(members: list[int], rng: random.Random) -> list[int]:
     return shuffled
 
 
-def _open(sample: Sample) -> Pictures:
-    return tuple(open_image(data, name=f"sample {sample.key}") for data in sample.images)
+def open_all(images: Sequence[Any], name: str) -> Pictures:
+    """Open every picture; what is no path is called `name` where it can not be opened."""
+    return tuple(_open_one(source() if callable(source) else source, name) for source in images)
 
 
-def _sizes(sample: Sample) -> tuple[tuple[int, int], ...]:
+def _open(sample: Pictured) -> Pictures:
+    return open_all(sample.images, f"sample {sample.key}")
+
+
+def _open_one(source: Any, name: str) -> Image.Image:
+    return open_image(source, name=None if isinstance(source, Path) else name)
+
+
+def _sizes(sample: Pictured) -> tuple[tuple[int, int], ...]:
     """Width and height of each picture, from its header alone."""
     sizes = []
-    for data in sample.images:
+    for source in sample.images:
+        held = source() if callable(source) else source
+        if isinstance(held, Image.Image):
+            sizes.append(held.size)
+            continue
         try:
-            with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            with Image.open(
+                held if isinstance(held, Path) else io.BytesIO(held), formats=("JPEG", "PNG", "WEBP")
+            ) as image:
                 sizes.append(image.size)
         except Exception as error:  # Pillow raises a dozen kinds of exception at damaged files
             raise UsageError(f"sample {sample.key}: its picture can not be read ({error}); replace the file") from None

@@ -1,20 +1,27 @@
-"""`vlm eval`: puts tasks to a model on held-out shards and writes what came of it.
+"""`vlm eval`: puts tasks to a model, on shards or on benchmarks as they are downloaded, and writes what came of it.
 
-Knows splits, the ways of looking (true, blind, shuffled) and result files. Knows nothing of how a task asks or scores.
+Knows what is answered already, result files and their form. Knows nothing of where data lies, or of how a task asks or
+scores.
 
 Blind and shuffled say how much of a score comes from the picture: a model that answers as well without it, or with a
 picture of something else, has learnt the questions and not to see.
+
+What is answered is kept beside OUT, in .OUT.answers, until the results are written, so that a killed run goes on where it
+stopped. Of several processes each leaves the answers to its share of the parts there; then this one finds all answered, and
+scores.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +32,17 @@ from vlm.api import load
 from vlm.errors import UsageError
 from vlm.files import atomic_write
 from vlm.machine import environment, peak_memory_gib
-from vlm.shards import INDEX, Shards
 
 from . import pictures
-from .tasks import TASKS, Item, Scored, Task
+from .plan import Job, Plan, Settings, find_splits
+from .processes import Share, answer_in_processes
+from .resume import Answers, Kept, digest
+from .tasks import TASKS, Item, Scored
+from .tasks.base import Request
+from .tasks.shots import Shots
 
-MAIN, MORE = "test", "test-*"
+__all__ = ["Shots", "evaluate", "find_splits", "summary"]
+
 TRUE = "true"
 
 
@@ -55,6 +67,7 @@ class Outcome:
             line: dict[str, Any] = {"task": self.name, "id": item.id, "key": item.key}
             line |= {"type": item.type} if item.type else {}
             line |= {"prompt": item.prompt} if item.prompt else {}
+            line |= {"images": item.images} if item.images else {}
             line |= {"prediction": true.predictions[place], "references": item.references, "score": true.scores[place]}
             for name, scored in self.looks.items():
                 if name != TRUE:
@@ -71,81 +84,103 @@ def evaluate(
     limit: int | None = None,
     blind: bool = True,
     shuffled: bool = True,
+    choice: str | None = None,
+    prompt: str | None = None,
+    shots: int | Shots = 0,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Score `model` (what `vlm.load` returns, or a path) on `tasks` and return what results.json holds.
 
-    data: a folder of shards, or one that holds `test` and perhaps `test-…` beside it; a task on such another split is
-    called TASK@SPLIT, and runs where the split holds something for it. limit: the first so many samples of each split.
-    out: a folder for results.json, samples.jsonl and the official result files; results.json is written last.
-    Raises UsageError for an unknown task, for data that holds nothing for a task, and for what the model can not do.
+    data: for the tasks on shards a folder of them, or one that holds `test` and perhaps `test-…` beside it; a task on such
+    another split is called TASK@SPLIT, and runs where the split holds something for it. For a benchmark the folder that it
+    was downloaded to, or one that holds it in a folder of the task's name. limit: the first so many samples of each split,
+    or questions of each benchmark. out: a folder for results.json, samples.jsonl and the official result files;
+    results.json is written last. choice: how options are chosen, `generate`, `letters` or `texts`. prompt: a template in
+    place of each benchmark's. shots: examples shown before each question. processes: how many answer, each its share.
+    Raises UsageError for an unknown task, for data that holds nothing for a task or not all of it, and for what the model
+    can not do.
     """
-    wanted = [_task(name) for name in dict.fromkeys(tasks)]
-    if not wanted:
-        raise UsageError(f"no task is given; choose some of {', '.join(TASKS)}")
-    for name, value in (("batch", batch), ("limit", limit)):
+    for name, value in (("batch", batch), ("limit", limit), ("processes", processes)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise UsageError(f"{out}: a file is there already; give another folder for the results")
-    splits = find_splits(Path(data))
-    named = str(model) if isinstance(model, str | Path) else getattr(model.model, "name_or_path", "") or "in memory"
-    loaded = load(model) if isinstance(model, str | Path) else model
-
-    outcomes = []
-    for split, folder in splits.items():
-        shards = Shards.open(folder)
-        samples = shards.first(limit)
-        looks = _looks(samples, loaded, blind, shuffled)
-        for task in wanted:
-            items = task.items(samples, loaded.processor.caption_prompt)
-            if items:
-                name = f"{task.name}@{split}" if split else task.name
-                outcomes.append(_run(task, name, items, looks, loaded, batch))
-            elif not split:
-                raise UsageError(
-                    f"{folder}: no {task.needs} for task {task.name}; give other data or leave the task out"
-                )
-    results = _results(named, loaded, splits, outcomes, limit)
-    if out is not None:
-        _write(Path(out), results, outcomes)
+    settings = Settings(choice, prompt, shots if isinstance(shots, Shots) else Shots(shots))
+    plan = Plan(tuple(tasks), Path(data), settings, batch, limit, blind, shuffled)
+    sources = plan.sources()
+    with _answers_folder(out, processes) as folder:
+        if processes > 1 and folder is not None:
+            answer_in_processes(answer, model, plan, folder, processes)
+        loaded = load(model) if isinstance(model, str | Path) else model
+        kept = Kept.of(folder, loaded)
+        jobs = [job for source in sources for job in source.jobs(plan, loaded)]
+        outcomes = [_outcome(job, loaded, plan, kept) for job in jobs]
+        named = str(model) if isinstance(model, str | Path) else getattr(model.model, "name_or_path", "") or "in memory"
+        results = _results(named, loaded, jobs, outcomes, plan)
+        if out is not None:
+            _write(Path(out), results, outcomes)
     return results
 
 
-def find_splits(data: Path) -> dict[str, Path]:
-    """Split name -> folder or tar; the main one is called "". Raises UsageError where there is nothing to evaluate."""
-    if not data.is_dir() or (data / INDEX).exists():
-        return {"": data}
-    if (data / MAIN).is_dir():
-        more = sorted(path for path in data.glob(MORE) if path.is_dir())
-        return {"": data / MAIN} | {path.name: path for path in more}
-    found = sorted(path.parent.name for path in data.glob(f"*/{INDEX}"))
-    mend = f"name one of them: {', '.join(found)}" if found else "make some with `vlm data convert`"
-    raise UsageError(f"{data}: neither {INDEX} nor a folder {MAIN} is in it; {mend}")
+def answer(model: Any, plan: Plan, folder: Path, share: Share) -> None:
+    """Put this process's share of all parts to the model, and leave the answers in `folder`."""
+    kept = Kept.of(folder, model)
+    for source in plan.sources():
+        for job in source.jobs(plan, model):
+            for look in job.looks:
+                _answered(job, look, model, plan, kept, share)
 
 
-def _task(name: str) -> Task:
-    if name not in TASKS:
-        raise UsageError(f"task {name!r} is unknown; choose of {', '.join(TASKS)}")
-    return TASKS[name]
+@contextmanager
+def _answers_folder(out: str | Path | None, processes: int) -> Iterator[Path | None]:
+    """Where answers are kept: beside `out`, to be removed when all went well; else, if processes must share them, for now."""
+    if out is not None:
+        place = Path(out).resolve()
+        folder = place.with_name(f".{place.name}.answers")
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+    elif processes > 1:
+        with tempfile.TemporaryDirectory(prefix="vlm-eval-") as name:
+            yield Path(name)
+    else:
+        yield None
 
 
-def _looks(samples: Shards, model: Any, with_blind: bool, with_shuffled: bool) -> list[pictures.Look]:
-    looks = [pictures.as_it_is(samples)]
-    if with_blind:
-        looks.append(pictures.blind(samples, pictures.zero_colour(model.processor)))
-    if with_shuffled:
-        looks.append(pictures.shuffled(samples))
-    return looks
-
-
-def _run(task: Task, name: str, items: list[Item], looks: list[pictures.Look], model: Any, batch: int) -> Outcome:
+def _outcome(job: Job, model: Any, plan: Plan, kept: Kept | None) -> Outcome:
     start = time.monotonic()
     scored = {}
-    for look in looks:
-        label = name if look.name == TRUE else f"{name}, {look.name}"
-        outputs = task.ask(model, items, look, batch, partial(_progress, label))
-        scored[look.name] = task.score(items, outputs)
-    return Outcome(name, items, scored, time.monotonic() - start)
+    for look in job.looks:
+        parts, answers = _answered(job, look, model, plan, kept, Share())
+        pairs = ((part, answers[number]) for number, part in enumerate(parts))
+        said = {request: one for part, each in pairs for request, one in zip(part, each, strict=True)}
+        scored[look.name] = job.task.score(job.items, job.task.asking.gather(job.items, look, said))
+    return Outcome(job.name, job.items, scored, time.monotonic() - start)
+
+
+def _answered(
+    job: Job, look: pictures.Look, model: Any, plan: Plan, kept: Kept | None, share: Share
+) -> tuple[list[list[Request]], Answers]:
+    """All parts, and the answers to a share of them; what is kept is not asked again."""
+    asking = job.task.asking
+    parts = asking.parts(job.items, look, plan.batch)
+    name = job.name if look.name == TRUE else f"{job.name}, {look.name}"
+    answers = Answers(kept, name, _bound(job, look, plan, parts) if kept else {}, share.process)
+    for number in _progress(name, [number for number in share.of(len(parts)) if number not in answers]):
+        answers.put(number, asking.put(model, parts[number], look))
+    return parts, answers
+
+
+def _bound(job: Job, look: pictures.Look, plan: Plan, parts: list[list[Request]]) -> dict[str, Any]:
+    """What answers belong to, beside the model: other data, prompts, settings or batches make other answers."""
+    return {
+        "task": job.name,
+        "look": look.name,
+        "data": str(job.data.resolve()),
+        "settings": plan.settings.changed(),
+        "batch": plan.batch,
+        "parts": digest([[request.key for request in part] for part in parts]),
+        "items": digest([(item.id, item.key, item.prompt, item.references) for item in job.items]),
+    }
 
 
 def _progress(label: str, parts: Sequence[Any]) -> Iterable[Any]:
@@ -153,15 +188,14 @@ def _progress(label: str, parts: Sequence[Any]) -> Iterable[Any]:
     return track(parts, description=label, console=console, disable=not console.is_terminal, transient=True)
 
 
-def _results(
-    named: str, model: Any, splits: dict[str, Path], outcomes: list[Outcome], limit: int | None
-) -> dict[str, Any]:
+def _results(named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], plan: Plan) -> dict[str, Any]:
     seconds = {outcome.name: round(outcome.seconds, 2) for outcome in outcomes}
     measured = {"seconds": seconds, "peak_memory_gib": peak_memory_gib(), "finished": datetime.now(UTC).isoformat()}
     return {
         "model": named,
-        "data": {split or "main": str(folder.resolve()) for split, folder in splits.items()},
-        "limit": limit,
+        "data": {job.place: str(job.data.resolve()) for job in jobs},
+        "limit": plan.limit,
+        "settings": plan.settings.changed(),
         "blind_colour": pictures.zero_colour(model.processor),
         "tasks": {outcome.name: outcome.metrics() for outcome in outcomes},
         "gates": {key: list(pair) for key, pair in model.model.gates().items()},
@@ -200,6 +234,9 @@ def summary(results: dict[str, Any]) -> str:
     lines = []
     for name, metrics in results["tasks"].items():
         headline = TASKS[name.partition("@")[0]].headline
+        if headline not in metrics:
+            lines.append(f"{name}: no public answers to score by; hand in {name}_results.json  (n = {metrics['n']})")
+            continue
         cells = [f"{name}: {headline} {_shown(metrics[headline])}"]
         cells += [f"{look} {_shown(metrics[look][headline])}" for look in ("blind", "shuffled") if look in metrics]
         lines.append("  ".join([*cells, f"(n = {metrics['n']})"]))

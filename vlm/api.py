@@ -160,6 +160,33 @@ class VLM:
             results += self._weigh(encoded, [pictures_of(conversation) for conversation in part])
         return results
 
+    @torch.no_grad()
+    def loglikelihood_rolling(
+        self, texts: Sequence[str], *, window: int = 1024, batch_size: int = 32
+    ) -> list[tuple[float, int]]:
+        """For each plain text the sum of log p (natural) of all its tokens, and how many they are.
+
+        The first token follows bos (eos where there is none). A text longer than `window` tokens is read in pieces of that
+        many, each predicted from the token before it, the last with as much context as fits: the windows of EleutherAI's
+        lm-evaluation-harness. Raises UsageError for a window below 1, and for encoder families.
+        """
+        self._check_causal("loglikelihood")
+        if window < 1:
+            raise UsageError(f"window is {window}; it must be at least 1")
+        size = min(window, (self.model.max_tokens or window + 1) - 1)
+        tokenizer = self.processor.tokenizer
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        pieces: list[tuple[int, tuple[list[int], list[bool]]]] = []
+        for place, text in enumerate(texts):
+            ids = tokenizer.encode(self.processor.plain(text), add_special_tokens=False)
+            pieces += [(place, piece) for piece in _windows([start, *ids], size)]
+        totals = [(0.0, 0)] * len(texts)
+        for part in _parts(pieces, batch_size):
+            weighed = self._weigh([piece for _, piece in part], [[] for _ in part])
+            for (place, _), (told, count) in zip(part, weighed, strict=True):
+                totals[place] = totals[place][0] + told, totals[place][1] + count
+        return totals
+
     # One space for pictures and text
 
     @torch.no_grad()
@@ -342,6 +369,14 @@ def _filled(text: str, what: str) -> str:
     if not text.strip():
         raise UsageError(f"the {what} is empty; write at least one word")
     return text
+
+
+def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], list[bool]]]:
+    """Every token but the first predicted once, `size` at a time: the ids of each piece, and which are predicted."""
+    for done in range(1, len(ids), size):
+        end = min(done + size, len(ids))
+        start = max(0, end - size - 1)
+        yield ids[start:end], [place >= done for place in range(start, end)]
 
 
 def _parts(items: list[Item], size: int) -> Iterator[list[Item]]:

@@ -73,27 +73,72 @@ def train_model(
 # Evaluation
 
 
+EVAL_TASKS = """on shards: vqa caption retrieval classification perplexity; as downloaded: vqav2 vqav2-testdev okvqa textvqa
+vizwiz gqa pope mme nlvr nlvr2 scienceqa mmbench mmbench-circular mmstar seed ai2d chartqa docvqa coco-captions coco-karpathy
+flickr30k-captions nocaps coco-retrieval flickr30k-retrieval imagenet cifar10 cifar100 folder wikitext2 wikitext103 text"""
+
+
 @app.command("eval")
 def eval_model(
     model: ModelPath,
-    tasks: Annotated[
-        list[str], typer.Argument(metavar="TASK...", help="vqa caption retrieval classification perplexity")
-    ],
-    data: Annotated[str, typer.Option(help="shards held out, or a folder of splits with test in it")],
+    tasks: Annotated[list[str], typer.Argument(metavar="TASK...", help=EVAL_TASKS)],
+    data: Annotated[
+        str | None, typer.Option(help="shards, a folder of splits with test in it, or a benchmark's own folder")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for results.json and samples.jsonl")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first so many samples")] = None,
     batch: Annotated[int, typer.Option(help="samples at once")] = 64,
     blind: Annotated[bool, typer.Option(help="score it again with blank pictures")] = True,
     shuffled: Annotated[bool, typer.Option(help="score it again with other samples' pictures")] = True,
+    choice: Annotated[str | None, typer.Option(help="how options are chosen: generate, letters or texts")] = None,
+    prompt: Annotated[str | None, typer.Option(help='in place of the benchmark\'s own, as "{question}"')] = None,
+    shots: Annotated[int, typer.Option(help="so many examples before each question")] = 0,
+    shots_by: Annotated[str, typer.Option(help="random, or similar: nearest by picture")] = "random",
+    shots_from: Annotated[Path | None, typer.Option(help="their folder; default: the training split in --data")] = None,
+    seed: Annotated[int, typer.Option(help="of the random choice of examples")] = 0,
+    processes: Annotated[int, typer.Option(help="so many processes, each with its share")] = 1,
 ) -> None:
-    """Score a model on tasks, and see how much it really looks.
+    """Score a model on tasks, and see how much it really looks. With --out, a run that was killed goes on where it stopped.
 
     Example: vlm eval runs/demo/model vqa caption retrieval --data runs/scenes/test --out runs/demo/eval
-    """
-    from vlm.eval.run import evaluate, summary
 
-    results = evaluate(model, tasks, data, out=out, batch=batch, limit=limit, blind=blind, shuffled=shuffled)
+    vlm eval compare A B sets two evaluations' folders side by side: scores, intervals, and whether they differ.
+    """
+    if model == "compare":
+        _compare(tasks, out)
+        return
+    if data is None:
+        raise UsageError("Missing option '--data'; see vlm eval --help")
+    from vlm.eval.run import Shots, evaluate, summary
+
+    results = evaluate(
+        model,
+        tasks,
+        data,
+        out=out,
+        batch=batch,
+        limit=limit,
+        blind=blind,
+        shuffled=shuffled,
+        choice=choice,
+        prompt=prompt,
+        shots=Shots(shots, shots_by, shots_from, seed),
+        processes=processes,
+    )
     print(summary(results))
+
+
+def _compare(folders: list[str], out: Path | None) -> None:
+    if len(folders) != 2:
+        raise UsageError(f"{len(folders)} folders to compare; write vlm eval compare A B")
+    from vlm.eval.compare import compare, summary
+    from vlm.files import atomic_write
+
+    found = compare(Path(folders[0]), Path(folders[1]))
+    if out is not None:
+        with atomic_write(out, "w") as file:
+            json.dump(found, file, indent=2)
+    print(summary(found))
 
 
 @score.command("vqa")
@@ -102,6 +147,9 @@ def score_vqa_file(
     questions: Annotated[Path, typer.Option(help="the official questions file")],
     annotations: Annotated[Path, typer.Option(help="the official annotations file")],
     out: Annotated[Path | None, typer.Option(help="write the numbers to this file too")] = None,
+    mode: Annotated[
+        str, typer.Option(help="official, or lmms: answers always normalised, as in lmms-eval")
+    ] = "official",
 ) -> None:
     """VQA accuracy as the official script computes it.
 
@@ -109,7 +157,7 @@ def score_vqa_file(
     """
     from vlm.eval.score import score_vqa
 
-    print(json.dumps(score_vqa(results, questions=questions, annotations=annotations, out=out), indent=2))
+    print(json.dumps(score_vqa(results, questions=questions, annotations=annotations, out=out, mode=mode), indent=2))
 
 
 @score.command("caption")
@@ -117,6 +165,7 @@ def score_caption_file(
     results: Annotated[Path, typer.Argument(metavar="RESULTS.json", help='[{"image_id": …, "caption": …}]')],
     annotations: Annotated[Path, typer.Option(help="COCO captions file")],
     out: Annotated[Path | None, typer.Option(help="write the numbers to this file too")] = None,
+    java: Annotated[list[str] | None, typer.Option(help="METEOR or SPICE too, by pycocoevalcap and Java")] = None,
 ) -> None:
     """Bleu, ROUGE-L and CIDEr as the COCO caption evaluation computes them.
 
@@ -124,7 +173,7 @@ def score_caption_file(
     """
     from vlm.eval.score import score_caption
 
-    print(json.dumps(score_caption(results, annotations=annotations, out=out), indent=2))
+    print(json.dumps(score_caption(results, annotations=annotations, out=out, java=java or ()), indent=2))
 
 
 @app.command("report")

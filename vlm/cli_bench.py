@@ -36,3 +36,24 @@ def bench_data_command(
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
+
+
+@bench.command("score")
+def bench_score_command(
+    questions: Annotated[int, typer.Option(help="VQA questions, of ten answers each")] = 200_000,
+    pictures: Annotated[int, typer.Option(help="captions, beside five references each")] = 40_000,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Scoring of predictions: seconds.
+
+    Example: vlm bench score --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.eval.bench import bench_score
+
+    rows = bench_score(questions, pictures)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)

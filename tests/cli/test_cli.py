@@ -25,6 +25,7 @@ COMMANDS = [
     "data inspect",
     "bench",
     "bench data",
+    "bench score",
     "train",
     "eval",
     "score",
