@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm.errors import UsageError
-from vlm.samples import Sample
+from vlm.samples import Sample, said
 from vlm.shards import INDEX, Shards
 
 from . import pictures
@@ -20,6 +20,8 @@ from .tasks import TASKS, Benchmark, Example, Item, ShardTask, Task
 from .tasks.shots import Shots
 
 MAIN, MORE = "test", "test-*"
+# The name of a set, and of each of its samples the key, the text and the unopened pictures.
+HeldOut = tuple[str, Iterator[tuple[str, str | None, Sequence[Any]]]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,11 @@ class Plan:
                 sources.append(Downloaded(task, self.data, task.examples(self.data, self.limit)))
         return sources
 
+    def held_out(self) -> Iterator[HeldOut]:
+        """Every set that the run would ask about."""
+        for source in self.sources():
+            yield from source.held_out()
+
     def looks(self, samples: Sequence[pictures.Pictured], model: Any) -> list[pictures.Look]:
         """The ways of looking at samples: true, and as wanted blind and shuffled."""
         looks = [pictures.as_it_is(samples)]
@@ -96,6 +103,10 @@ class Source(ABC):
     @abstractmethod
     def jobs(self, plan: Plan, model: Any) -> Iterator[Job]:
         """What is asked of the model about it. Raises UsageError for data that holds nothing for a task."""
+
+    @abstractmethod
+    def held_out(self) -> Iterator[HeldOut]:
+        """As in `Plan`."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +130,10 @@ class OnShards(Source):
                     f"{self.folder}: no {task.needs} for task {task.name}; give other data or leave the task out"
                 )
 
+    def held_out(self) -> Iterator[HeldOut]:
+        names = "+".join(task.name for task in self.tasks) + (f"@{self.split}" if self.split else "")
+        yield names, ((sample.key, "\n".join(said(sample)) or None, sample.images) for sample in self.samples)
+
 
 @dataclass(frozen=True)
 class Downloaded(Source):
@@ -135,6 +150,16 @@ class Downloaded(Source):
         pictured = any(gallery.images for gallery in galleries)
         looks = plan.looks(galleries, model) if pictured else [pictures.as_it_is(galleries)]
         yield Job(self.benchmark, name, name, folder, items, looks)
+
+    def held_out(self) -> Iterator[HeldOut]:
+        yield (
+            self.benchmark.name,
+            ((str(one.key or one.id), _said(one), one.images) for one in self.examples),
+        )
+
+
+def _said(example: Example) -> str | None:
+    return "\n".join(filter(None, [example.context, example.question, *example.options, *example.answers])) or None
 
 
 def find_splits(data: Path) -> dict[str, Path]:

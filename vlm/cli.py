@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,6 +74,7 @@ def train_model(
 # Evaluation
 
 
+SHOWN_FOUND = 5  # of a contaminated set
 EVAL_TASKS = """on shards: vqa caption retrieval classification perplexity; as downloaded: vqav2 vqav2-testdev okvqa textvqa
 vizwiz gqa pope mme nlvr nlvr2 scienceqa mmbench mmbench-circular mmstar seed ai2d chartqa docvqa coco-captions coco-karpathy
 flickr30k-captions nocaps coco-retrieval flickr30k-retrieval imagenet cifar10 cifar100 folder wikitext2 wikitext103 text"""
@@ -103,12 +105,16 @@ def eval_model(
     Example: vlm eval runs/demo/model vqa caption retrieval --data runs/scenes/test --out runs/demo/eval
 
     vlm eval compare A B sets two evaluations' folders side by side: scores, intervals, and whether they differ.
+    vlm eval contamination SHARDS TASK... --data DIR tells which samples of the tasks are in the training shards.
     """
     if model == "compare":
         _compare(tasks, out)
         return
     if data is None:
         raise UsageError("Missing option '--data'; see vlm eval --help")
+    if model == "contamination":
+        _contamination(tasks, data, out)
+        return
     from vlm.eval.run import Shots, evaluate, summary
 
     results = evaluate(
@@ -139,6 +145,23 @@ def _compare(folders: list[str], out: Path | None) -> None:
         with atomic_write(out, "w") as file:
             json.dump(found, file, indent=2)
     print(summary(found))
+
+
+def _contamination(arguments: list[str], data: str, out: Path | None) -> None:
+    train, *tasks = arguments
+    from vlm.data_tools.contamination import HeldOut, contamination
+    from vlm.eval.plan import Plan
+    from vlm.files import atomic_write
+
+    told = {}
+    for name, samples in ((name, list(held)) for name, held in Plan(tuple(tasks), Path(data)).held_out()):
+        found = contamination(train, (HeldOut(*sample) for sample in samples))
+        told[name] = {"n": len(samples), "found": [asdict(one) for one in found]}
+        shown = ", ".join(f"{one.key} (like {one.like})" for one in found[:SHOWN_FOUND])
+        print(f"{name}: {len(found)} of {len(samples)} samples are in the training data{': ' if found else ''}{shown}")
+    if out is not None:
+        with atomic_write(out, "w") as file:
+            json.dump(told, file, indent=1)
 
 
 @score.command("vqa")
