@@ -46,8 +46,8 @@ def bucket() -> Iterator[str]:
             patch.setenv(name, "secret")
         s3 = fsspec.get_filesystem_class("s3")
         s3.clear_instance_cache()
-        s3().mkdir("bucket")
-        yield "s3://bucket"
+        s3().mkdir("nodes")  # no bucket of another module: its server may have run in this process
+        yield "s3://nodes"
         s3.clear_instance_cache()
     server.stop()
 
@@ -180,7 +180,7 @@ def test_nodes_write_to_a_bucket(cluster: Cluster, bucket: str, rows: Path) -> N
     convert(rows, f"{bucket}/out", samples_per_shard=PER_SHARD, engine=RayEngine())
     convert(rows, rows.parent / "local", samples_per_shard=PER_SHARD, engine=LocalEngine(1))
     s3 = fsspec.filesystem("s3")
-    stored = {name.rpartition("/")[2]: s3.cat_file(name) for name in s3.find("bucket/out")}
+    stored = {name.rpartition("/")[2]: s3.cat_file(name) for name in s3.find("nodes/out")}
     assert stored == written(rows.parent / "local")
 
 
