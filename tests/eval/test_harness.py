@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import entry_points
 
 import pytest
+from PIL import ImageFile
 
 import vlm
 from vlm.api import user_turn
@@ -38,6 +39,12 @@ def folder(make_model, make_processor, tmp_path_factory):
 def model(folder):
     """What our own API makes of it."""
     return vlm.load(folder, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def pillow_as_it_was(monkeypatch):
+    """lmms-eval tells Pillow, for the whole process, to take truncated pictures for whole ones."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", ImageFile.LOAD_TRUNCATED_IMAGES)
 
 
 @pytest.fixture
