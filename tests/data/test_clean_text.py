@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from vlm.data_tools.clean_private import masked
 from vlm.data_tools.clean_rules import Private, Reason, Rules, load_rules
-from vlm.data_tools.clean_text import Kind, clean_fields, fault, masked, repaired, words
+from vlm.data_tools.clean_text import Kind, clean_fields, fault, repaired, words
 from vlm.data_tools.scene_language import caption
 from vlm.data_tools.scene_world import LEVELS, Level, compose
 from vlm.data_tools.scenes import make_scene
@@ -595,4 +596,6 @@ def test_a_cleaned_sample_still_reads() -> None:
 )
 def test_text_made_to_be_slow_is_not(junk: str) -> None:
     """Quadratic patterns would take minutes here, and the whole run with them."""
-    fault(masked(repaired(junk), ALL_MASKED), ENGLISH, "document")
+    mended = masked(repaired(junk), ALL_MASKED)
+    assert masked(repaired(mended), ALL_MASKED) == mended
+    assert fault(mended, ENGLISH, "document") is not None
