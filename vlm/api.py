@@ -6,17 +6,24 @@ parts beneath work. Pictures are paths, PIL images, bytes or (H, W, 3) uint8 arr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import BatchFeature
 
-from vlm.decoding import Decoding, seeded, streamed
 from vlm.errors import UsageError
+from vlm.generation.decoding import Decoding
+from vlm.generation.engine import Engine
+from vlm.generation.request import Generation, Prompt
+from vlm.generation.text import text_of
 from vlm.lora import load_lora, merge_lora
 from vlm.model import VLMModel
 from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, slots_of
@@ -55,6 +62,8 @@ class VLM:
     def __init__(self, model: VLMModel, processor: VLMProcessor) -> None:
         self.model = model.eval()
         self.processor = processor
+        self._own_engine: Engine | None = None
+        self._own_engine_free = Lock()
 
     # Text about pictures
 
@@ -68,32 +77,34 @@ class VLM:
         texts = self.generate([user_turn([image], prompt) for image in listed], **options)
         return texts if isinstance(images, (list, tuple)) else texts[0]
 
-    def answer(self, images: Any, question: str, **options: Any) -> str:
+    def answer(self, images: Any, question: str, **options: Any) -> Any:
         """Answer one question about a picture, or about a list of pictures together. options: as in `generate`.
 
         Many questions go faster as one `generate([user_turn(images, question), …])`.
         """
         return self.generate(user_turn(_listed(images), question), **options)
 
-    def generate(self, messages: Any, *, batch_size: int = 32, **options: Any) -> Any:
-        """Continue a conversation (str), or each of a list of conversations (list of str), `batch_size` at a time.
+    def generate(self, messages: Any, *, batch_size: int = 32, n: int = 1, **options: Any) -> Any:
+        """Continue a conversation (str), or each of a list of conversations (list of str), up to `batch_size` at once.
 
         A conversation is a list of turns `{"role": "user" | "assistant" | "system", "content": …}`; content is a string
-        or a list of `{"type": "image", "image": …}` and `{"type": "text", "text": …}`.
-        options: the fields of `Decoding` (max_new_tokens, temperature, top_k, top_p, num_beams, seed).
+        or a list of `{"type": "image", "image": …}` and `{"type": "text", "text": …}`. One conversation's keys and values
+        are kept until the next call, so that its next turn is read from where it begins.
+        n: with more than 1 each reply is a list of so many, the likeliest (a token, on average) first; they are drawn, or
+        found by a search with at least as many beams.
+        options: the fields of `Decoding` (max_new_tokens, temperature, top_k, top_p, num_beams, stop, seed, …).
         """
-        decoding = Decoding(**options)
+        decoding = _checked(Decoding(**options), n)
         if isinstance(messages, str):
             raise UsageError("generate takes conversations, not a string; use complete for plain text")
         conversations = [messages] if _is_conversation(messages) else list(messages)
-        prompts = [self._prompt(conversation) for conversation in conversations]
-        rows = [pictures_of(conversation) for conversation in conversations]
-        replies: list[str] = []
-        with seeded(decoding.seed):
-            for part in _parts(list(zip(prompts, rows, strict=True)), batch_size):
-                inputs = self._inputs([text for text, _ in part], [images for _, images in part], "left")
-                replies += self._decode(self._continue(inputs, decoding))
-        return replies[0].strip() if _is_conversation(messages) else [reply.strip() for reply in replies]
+        asked = [(self._prompt(conversation), pictures_of(conversation)) for conversation in conversations]
+        prompts = self._prompts(asked, batch_size)
+        replies = [
+            [text.strip() for text in texts] for texts in self._replies(prompts, decoding, n, batch_size, len(asked))
+        ]
+        told = replies if n > 1 else [texts[0] for texts in replies]
+        return told[0] if _is_conversation(messages) else told
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
         """The reply that `generate` gives, piece by piece as it is made, white space at its ends included. Stopping early
@@ -104,28 +115,30 @@ class VLM:
         decoding = Decoding(**options)
         if decoding.num_beams > 1:
             raise UsageError(f"num_beams is {decoding.num_beams}; only 1 can be streamed, use generate for more")
-        inputs = self._inputs([self._prompt(messages)], [pictures_of(messages)], "left")
+        return self._pieces(self.prompt(messages), _numbered(decoding, 0))
 
-        def run(**extra: Any) -> None:
-            with seeded(decoding.seed):
-                self._continue(inputs, decoding, **extra)
+    def complete(self, prompt: Any, *, batch_size: int = 32, n: int = 1, **options: Any) -> Any:
+        """Continue plain text, or each of a list of texts; only what is new is returned. n, options: as in `generate`."""
+        decoding = _checked(Decoding(**options), n)
+        texts = _listed(prompt)
+        prompts = [self.text_prompt(text) for text in texts]
+        added = self._replies(prompts, decoding, n, batch_size, len(prompts))
+        told = added if n > 1 else [texts[0] for texts in added]
+        return told if isinstance(prompt, (list, tuple)) else told[0]
 
-        return streamed(self.processor.tokenizer, run)
+    def prompt(self, messages: Messages) -> Prompt:
+        """A conversation as tokens and pixels, for an engine."""
+        return next(self._prompts([(self._prompt(messages), pictures_of(messages))], 1))
 
-    def complete(self, prompt: Any, *, batch_size: int = 32, **options: Any) -> Any:
-        """Continue plain text, or each of a list of texts; only what is new is returned. options: as in `generate`."""
-        decoding = Decoding(**options)
-        texts = [self.processor.plain(_filled(text, "prompt")) for text in _listed(prompt)]
-        added: list[str] = []
-        with seeded(decoding.seed):
-            for part in _parts(texts, batch_size):
-                inputs = self._tokens(part, "left", add_special_tokens=True)
-                replies = self._continue(inputs, decoding)
-                # Decoded with the prompt, for a tokenizer may write a word's first space with what stands before it.
-                befores = self._decode(list(inputs["input_ids"]))
-                wholes = self._decode([torch.cat(pair) for pair in zip(inputs["input_ids"], replies, strict=True)])
-                added += [whole[len(before) :] for whole, before in zip(wholes, befores, strict=True)]
-        return added if isinstance(prompt, (list, tuple)) else added[0]
+    def text_prompt(self, text: str) -> Prompt:
+        """Plain text to be continued as tokens, for an engine."""
+        plain = self.processor.plain(_filled(text, "prompt"))
+        return Prompt(self.processor.tokenizer.encode(plain, add_special_tokens=True), continues=True)
+
+    def engine(self, rows: int, length: int | None = None, **options: Any) -> Engine:
+        """An engine for many requests at once; see `vlm.generation.engine.Engine`."""
+        tokenizer, ends = self.processor.tokenizer, self.processor.end_token_ids
+        return Engine(self.model, tokenizer, ends, rows=rows, length=length, **options)
 
     # Text alone
 
@@ -231,24 +244,94 @@ class VLM:
         _filled("".join(texts), "question")
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
-    def _inputs(self, prompts: Sequence[str], rows: Sequence[Sequence[Any]], padding_side: str) -> BatchFeature:
-        """Prompts with `<image>` places and the pictures of each. A picture that several rows name is prepared once."""
-        for prompt, images in zip(prompts, rows, strict=True):
-            check_places(prompt, len(images))
-        inputs = self._tokens(prompts, padding_side, add_special_tokens=False)
-        self._add_pictures(inputs, rows)
-        return inputs
+    def _prompts(self, asked: Sequence[tuple[str, Sequence[Any]]], batch_size: int) -> Iterator[Prompt]:
+        """Prompts with `<image>` places and the pictures of each. A picture that several name is prepared once a batch."""
+        for text, images in asked:
+            check_places(text, len(images))
+        for part in _parts(list(asked), batch_size):
+            keyed = {_key(image): image for _, images in part for image in images}
+            order = {key: index for index, key in enumerate(keyed)}
+            pixels = self.processor.pixels(list(keyed.values())) if keyed else None
+            for text, images in part:
+                ids = self.processor.tokenizer.encode(text, add_special_tokens=False)
+                own = None if pixels is None or not images else pixels[[order[_key(image)] for image in images]]
+                yield Prompt(ids, own)
 
-    def _tokens(self, texts: Sequence[str], padding_side: str, add_special_tokens: bool) -> BatchFeature:
-        encoded = self.processor.tokenizer(
-            list(texts),
-            return_tensors="pt",
-            padding=True,
-            padding_side=padding_side,
-            add_special_tokens=add_special_tokens,
-        )
-        inputs = BatchFeature({name: encoded[name] for name in ("input_ids", "attention_mask")})
-        return inputs.to(self.model.device)
+    def _replies(
+        self, prompts: Iterable[Prompt], decoding: Decoding, n: int, batch_size: int, count: int
+    ) -> list[list[str]]:
+        """`n` texts for each of `count` prompts, best first."""
+        if decoding.num_beams > 1:
+            return [texts for part in _parts(list(prompts), batch_size) for texts in self._search(part, decoding, n)]
+        found: list[list[tuple[float, str]]] = [[] for _ in range(count)]
+        running: dict[Generation, int] = {}
+
+        def step(engine: Engine) -> None:
+            for one in engine.step():
+                if one.finish_reason is not None:
+                    mean = one.log_probability / (len(one.tokens) + 1)
+                    found[running.pop(one)].append((mean, one.text))
+
+        with self._engine_of(min(batch_size, count * n)) as engine:
+            for place, prompt in enumerate(prompts):
+                for number in range(place * n, place * n + n):
+                    running[engine.add(prompt, _numbered(decoding, number))] = place
+                while engine.waiting >= batch_size:
+                    step(engine)
+            while running:
+                step(engine)
+        return [[text for _, text in sorted(texts, key=lambda told: -told[0])] for texts in found]
+
+    def _pieces(self, prompt: Prompt, decoding: Decoding) -> Iterator[str]:
+        with self._engine_of(1) as engine:
+            reply = engine.add(prompt, decoding)
+            while reply.finish_reason is None:
+                engine.step()
+                if piece := reply.take():
+                    yield piece
+
+    @contextmanager
+    def _engine_of(self, rows: int) -> Iterator[Engine]:
+        """An engine for one call. That of single requests is kept, with what it has read; one in use is not waited for."""
+        if rows > 1 or not self._own_engine_free.acquire(blocking=False):
+            yield self.engine(max(1, rows))
+            return
+        try:
+            self._own_engine = self._own_engine or self.engine(1)
+            yield self._own_engine
+        finally:
+            if self._own_engine is not None:
+                self._own_engine.cancel_all()
+            self._own_engine_free.release()
+
+    def _search(self, prompts: Sequence[Prompt], decoding: Decoding, n: int) -> list[list[str]]:
+        """The `n` best of a beam search for each prompt, by Hugging Face's `generate`."""
+        lengths = [len(prompt.ids) for prompt in prompts]
+        room = min(self._check_length(length, new=1) for length in lengths)
+        if len(prompts) > 1 and room < decoding.max_new_tokens:
+            # The longest of the rows would cut the others short.
+            return [self._search([prompt], decoding, n)[0] for prompt in prompts]
+        longest, pad = max(lengths), self.processor.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts])
+        real = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
+        inputs = BatchFeature({"input_ids": ids, "attention_mask": real.long()})
+        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
+        if pixels:
+            inputs["pixel_values"] = torch.cat(pixels)
+            inputs["image_slots"] = slots_of([len(prompt.picture_keys) for prompt in prompts])
+        config = decoding.beams(decoding_defaults(self.processor), room, n)
+        tokens = self.model.generate(**inputs.to(self.model.device), generation_config=config)[:, longest:].tolist()
+        ends = {self.processor.tokenizer.pad_token_id, *self.processor.end_token_ids}
+        texts = [
+            text_of(
+                self.processor.tokenizer,
+                [token for token in row if token not in ends],
+                prompts[place // n].before,
+                decoding.stop,
+            )
+            for place, row in enumerate(tokens)
+        ]
+        return list(_parts(texts, n))
 
     def _add_pictures(self, inputs: BatchFeature, rows: Sequence[Sequence[Any]]) -> None:
         """Add pixel_values (distinct pictures, 3, H, W) and image_slots (rows, M)."""
@@ -261,28 +344,14 @@ class VLM:
         inputs["pixel_values"] = self.processor.pixels(list(keyed.values())).to(self.model.device)
         inputs["image_slots"] = slots.to(self.model.device)
 
-    def _continue(self, inputs: BatchFeature, decoding: Decoding, **extra: Any) -> list[Tensor]:
-        """The new tokens of each row."""
-        rows, length = inputs["input_ids"].shape
-        room = self._check_length(length, new=1)
-        if rows > 1 and room < decoding.max_new_tokens:
-            # The longest of the rows would cut the others short.
-            return [self._continue(_row(inputs, row), decoding)[0] for row in range(rows)]
-        config = decoding.config(decoding_defaults(self.processor), room)
-        tokens = self.model.generate(**inputs, generation_config=config, **extra)
-        return list(tokens[:, length:])
-
-    def _decode(self, rows: Sequence[Tensor]) -> list[str]:
-        decode = self.processor.tokenizer.decode
-        return [decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
-
     def _fill_one(self, text: str, top_k: int) -> list[tuple[str, float]]:
         tokenizer, masked = self.processor.tokenizer, self.model.config.reading == "masked"
         pieces = text.replace(self.processor.mask_token, MASK).split(MASK)
         if len(pieces) != 2:
             raise UsageError(f"the text has {len(pieces) - 1} {MASK} places; fill_mask fills exactly 1")
         marked = self.processor.mask_token.join(self.processor.plain(piece) for piece in pieces)
-        inputs = self._tokens([marked], "right", add_special_tokens=True)
+        encoded = tokenizer([marked], return_tensors="pt")
+        inputs = BatchFeature({name: encoded[name] for name in ("input_ids", "attention_mask")}).to(self.model.device)
         self._check_length(inputs["input_ids"].shape[1])
         place = int((inputs["input_ids"][0] == self.processor.mask_token_id).nonzero()[0])
         if not masked and place == 0:
@@ -331,13 +400,25 @@ def user_turn(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
 
-def _row(inputs: BatchFeature, row: int) -> BatchFeature:
-    """One row of a left-padded batch, without its padding; the pictures stay with all rows'."""
-    real = inputs["attention_mask"][row].bool()
-    alone = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
-    if "image_slots" in inputs:
-        alone |= {"pixel_values": inputs["pixel_values"], "image_slots": inputs["image_slots"][row : row + 1]}
-    return BatchFeature(alone)
+def _checked(decoding: Decoding, n: int) -> Decoding:
+    """The settings, where so many replies can come of them."""
+    if n < 1:
+        raise UsageError(f"n is {n}; it must be at least 1")
+    if n > 1 and decoding.temperature == 0 and decoding.num_beams < n:
+        raise UsageError(
+            f"n is {n}, temperature is 0 and num_beams is {decoding.num_beams}: the replies would be the same; "
+            f"raise temperature, or num_beams to {n}"
+        )
+    return decoding
+
+
+def _numbered(decoding: Decoding, number: int) -> Decoding:
+    """The settings of the request with that number: equal prompts draw different replies, and always the same ones."""
+    if decoding.seed is None:
+        return decoding
+    return replace(
+        decoding, seed=int(np.random.SeedSequence([decoding.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def _device(device: str | torch.device) -> torch.device:
