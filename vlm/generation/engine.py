@@ -53,6 +53,8 @@ class Engine:
 
     rows: most requests at once. length: most tokens of a request, prompt and reply; None is what the language model takes.
     chunk: most tokens of prompts read in a step, so that long ones hold nobody up. int8_cache: see `Slots`.
+    compile: run the one-token pass through torch.compile: minutes at the first steps, which its cache on disk spares later
+    processes, and less time between kernels from then on.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Engine:
         length: int | None = None,
         chunk: int = 512,
         int8_cache: bool = False,
+        compile: bool = False,
     ) -> None:
         text = model.language_model.config.get_text_config()
         if model.config.reading == "masked":
@@ -83,6 +86,7 @@ class Engine:
         self.generating, self.active = 0, 0  # rows before these numbers generate, and belong to somebody
         self.queue: deque[Generation] = deque()
         self.ended = 0
+        self._decoding_pass = torch.compile(model.forward) if compile else model
         parameters = inspect.signature(model.language_model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._picks_logits = "logits_to_keep" in parameters
@@ -325,7 +329,7 @@ class Engine:
             told["logits_to_keep"] = torch.tensor(lasts, device=device)
         else:
             lasts = list(range(length))
-        logits = self.model(input_ids=ids, **told).logits
+        logits = (self.model if length > 1 else self._decoding_pass)(input_ids=ids, **told).logits
         return logits[range(len(rows)), [lasts.index(len(piece) - 1) for piece in pieces]]
 
     def _token_image(self, rows: Sequence[Row], pieces: Sequence[Sequence[int]], length: int) -> Tensor:
