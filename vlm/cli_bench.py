@@ -57,3 +57,24 @@ def bench_score_command(
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
+
+
+@bench.command("decode")
+def bench_decode_command(
+    against: Annotated[str | None, typer.Option(help="hf-idefics, hf-generate or bandwidth (default: all)")] = None,
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Decoding: tokens a second.
+
+    Example: vlm bench decode --against hf-idefics --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.generation.bench import bench_decode
+
+    rows = bench_decode(against, rounds)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)
