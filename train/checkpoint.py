@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine, zero
@@ -43,6 +44,20 @@ class Progress:
     seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
+
+    def after(self, samples: int, tokens: int, seconds: float) -> Progress:
+        """The progress after one more step, which saw and took so much."""
+        return replace(
+            self,
+            step=self.step + 1,
+            seconds=self.seconds + seconds,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+        )
+
+    def position(self) -> dict[str, Any]:
+        """Where in the run an event happened."""
+        return {"stage": self.stage, "step": self.step, "seconds": self.seconds, "samples": self.samples}
 
     def share(self, stage: Stage) -> float:
         """How much of the stage is done, 0 to 1."""
