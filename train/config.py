@@ -239,6 +239,14 @@ class Validation(Section):
     samples: PositiveInt = Field(256, description="samples of data.val each time")
 
 
+class Watch(Section):
+    """What the log tells of a run beside its losses."""
+
+    every: NonNegativeInt = Field(
+        50, description="optimizer steps between two looks at gates, gradients, looking gap and memory; 0: never"
+    )
+
+
 class Config(Section):
     """A whole run."""
 
@@ -259,6 +267,7 @@ class Config(Section):
     compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")
     validation: Validation = Field(Validation(), description="scores on data.val while it trains")
+    watch: Watch = Field(Watch(), description="what the log tells beside the losses")
 
     @model_validator(mode="after")
     def _share_minutes(self) -> Config:

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,9 +58,9 @@ class RunLog:
             return
         self._write(fields)
         stage, step = fields.get("stage", 0), fields.get("step", 0)
-        for name, value in fields.items():
-            if isinstance(value, (int, float)) and name not in ("stage", "step"):
-                self._board.add_scalar(f"stage{stage}/{name}", value, step)
+        told = {name: value for name, value in fields.items() if name not in ("stage", "step")}
+        for name, value in _scalars(told):
+            self._board.add_scalar(f"stage{stage}/{name}", value, step)
         self._show(stage, progress, f"step {step}  {_shown(fields)}")
 
     def event(self, name: str, **fields: Any) -> None:
@@ -116,6 +117,15 @@ class RunLog:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(f"stage {stage}", total=1.0, text="")
         return self._progress
+
+
+def _scalars(fields: dict[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested fields, each by its path: {"a": {"b": 1}} is a/b."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{above}{name}/")
+        elif isinstance(value, (int, float)):
+            yield above + name, value
 
 
 def _drop_half_line(path: Path) -> None:

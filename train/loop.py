@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import numpy as np
@@ -37,6 +38,8 @@ from .checkpoint import Checkpoints, Progress, full_weights, plain_model
 from .config import Config, Stage
 from .data import RunData
 from .deepspeed_config import deepspeed_config, micro_batch_size
+from .flops import ModelFlops, peak_flops
+from .gauges import gradient_norms, look
 from .log import RunLog
 from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates
@@ -114,7 +117,8 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
     micro_steps = engine.gradient_accumulation_steps()
     data = run.data.micro_batches(model, run.processor, progress.stage)
     held_out = list(run.data.validation_batches(model, run.processor, progress.stage))
-    watch = Watch(run.log)
+    flops = ModelFlops(engine.module)
+    watch = Watch(run.log, *sums([peak_flops(engine.device, config.precision)], engine.device))
     # Closed whatever happens: data workers answer no signal and would keep a failed run from ending.
     with closing(stream(data, progress.step * micro_steps, config.data.workers)) as batches:
         while progress.share(stage) < 1.0:
@@ -124,14 +128,19 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
             torch.manual_seed(seed_of(config.seed, progress, dist.get_rank()))
             step_batches = list(islice(batches, micro_steps))
             mean_targets = mean_over_step(engine, step_batches)
+            seen: dict[str, Any] = {}
             for batch in step_batches:
                 loss, logs = engine(on_device(batch, engine.device), mean_targets)
                 engine.backward(loss)
+                if is_watched(config, progress) and engine.is_gradient_accumulation_boundary():
+                    seen["grad_norms"] = gradient_norms(engine)
                 grad_norm = take_step(engine)
-                tally.add(batch, loss, logs)
+                tally.add(batch, flops(batch), loss, logs)
             totals = tally.totals(engine.device)
+            if is_watched(config, progress):
+                seen |= look(engine, step_batches[0])
             progress = progress.after(totals.samples, totals.tokens, totals.seconds)
-            watch.report(totals, progress, progress.share(stage), grad_norm, lr)
+            watch.report(totals, progress, progress.share(stage), grad_norm, lr, seen)
             if progress.step % config.checkpoint.every == 0 and progress.share(stage) < 1.0:
                 path = run.checkpoints.save_state(engine, progress)
                 run.log.event("checkpoint", path=str(path), **progress.position())
@@ -217,6 +226,11 @@ def take_step(engine: DeepSpeedEngine) -> float:
         set_rates(engine.optimizer, 0.0)
     engine.step()
     return norm
+
+
+def is_watched(config: Config, progress: Progress) -> bool:
+    """Whether the log tells more of the step that comes after `progress`."""
+    return config.watch.every > 0 and (progress.step + 1) % config.watch.every == 0
 
 
 # The end of a stage

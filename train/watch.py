@@ -9,6 +9,7 @@ import math
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,13 @@ MOST_SKIPPED = 25
 class Totals:
     """A step over all ranks. means: the loss and what else the objective logs. seconds: those of the main rank.
 
-    skipped: (key, reason) of samples that were passed over for the first time.
+    flops: model FLOPs. skipped: (key, reason) of samples that were passed over for the first time.
     """
 
     means: dict[str, float]
     samples: int
     tokens: int
+    flops: float
     seconds: float
     skipped: list[tuple[str, str]]
 
@@ -49,13 +51,14 @@ class Tally:
         self.known = known
         self.started = time.perf_counter()
         self.losses: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self.counts: Counter[str] = Counter()
+        self.counts = {"samples": 0.0, "tokens": 0.0, "flops": 0.0}
         self.skipped: set[tuple[str, str]] = set()
 
-    def add(self, batch: Batch, loss: Tensor, logs: dict[str, Tensor]) -> None:
+    def add(self, batch: Batch, flops: float, loss: Tensor, logs: dict[str, Tensor]) -> None:
         """Remember one micro-batch; waits for nothing."""
         self.losses.append((loss.detach(), logs))
-        self.counts.update(samples=batch["samples"], tokens=batch["tokens"])
+        for name, value in (("samples", batch["samples"]), ("tokens", batch["tokens"]), ("flops", flops)):
+            self.counts[name] += value
         self.skipped.update(pair for pair in batch["skipped"] if pair not in self.known)
 
     def totals(self, device: torch.device) -> Totals:
@@ -64,24 +67,27 @@ class Tally:
         for loss, logs in self.losses:
             added.update({"loss": float(loss)} | {name: float(value) for name, value in logs.items()})
         seconds = time.perf_counter() - self.started if is_main() else 0.0
-        own = [*added.values(), self.counts["samples"], self.counts["tokens"], len(self.skipped), seconds]
-        *values, samples, tokens, anything_skipped, seconds = sums(own, device)
+        own = [*added.values(), *self.counts.values(), len(self.skipped), seconds]
+        *values, samples, tokens, flops, anything_skipped, seconds = sums(own, device)
         parts = len(self.losses) * dist.get_world_size()
         means = {name: value / parts for name, value in zip(added, values, strict=True)}
         skipped = joined(sorted(self.skipped)) if anything_skipped else []
-        return Totals(means, int(samples), int(tokens), seconds, skipped)
+        return Totals(means, int(samples), int(tokens), flops, seconds, skipped)
 
 
 class Watch:
-    """Writes a stage's steps into the log, and ends a run that never recovers."""
+    """Writes a stage's steps into the log, and ends a run that never recovers. peak: FLOP/s of all devices together."""
 
-    def __init__(self, log: RunLog) -> None:
+    def __init__(self, log: RunLog, peak: float) -> None:
         self.log = log
+        self.peak = peak
         self.nonfinite_in_a_row = 0
         self.passed_over: set[tuple[str, str]] = set()
 
-    def report(self, totals: Totals, progress: Progress, share: float, grad_norm: float, lr: float) -> None:
-        """The line of a step after which `progress` and `share` of the stage are done.
+    def report(
+        self, totals: Totals, progress: Progress, share: float, grad_norm: float, lr: float, seen: dict[str, Any]
+    ) -> None:
+        """The line of a step after which `progress` and `share` of the stage are done. seen: what else was looked at.
 
         Raises RunError after too many steps in a row that are not finite.
         """
@@ -96,8 +102,11 @@ class Watch:
             samples=progress.samples,
             tokens=progress.tokens,
             samples_per_second=totals.samples / totals.seconds,
+            tokens_per_second=totals.tokens / totals.seconds,
             seconds=progress.seconds,
+            mfu=totals.flops / totals.seconds / self.peak,
             **means,
+            **seen,
         )
 
     def _tell_skipped_samples(self, totals: Totals, progress: Progress) -> None:

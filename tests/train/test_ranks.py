@@ -33,7 +33,7 @@ STAGES = (
 JOINT = {"objective": "joint", "steps": 4, "lr": 0.01}
 # Name -> stages and settings of what two ranks train one after the other.
 RUNS = {
-    **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 18}}) for zero in ZERO},
+    **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 18}, "watch": {"every": 2}}) for zero in ZERO},
     "lora": ([JOINT | {"lora": {"r": 2}}], {"zero": 3}),
     "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
     **{f"muon {zero}": ([JOINT | {"optimizer": "muon"}], {"zero": zero}) for zero in (0, 2, 3)},
@@ -135,6 +135,16 @@ def test_two_ranks_lose_what_one_loses(one, two, zero):
         assert math.isclose(mine["grad_norm"], theirs["grad_norm"], rel_tol=1e-2)
         names = ("top1", "token_accuracy", "contrastive_loss")
         assert all(math.isclose(mine.get(name, 0), theirs.get(name, 0), rel_tol=1e-2, abs_tol=0.05) for name in names)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_two_ranks_read_off_what_one_reads_off(one, two, zero):
+    pairs = zip(two[f"zero {zero}"].steps, one("zero 0").steps, strict=True)
+    watched = [(mine, theirs) for mine, theirs in pairs if "grad_norms" in theirs]
+    assert len(watched) == 11 and "gates" in watched[-1][0]
+    for mine, theirs in watched:
+        assert mine["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-2)
+        assert math.hypot(*mine["grad_norms"].values()) == pytest.approx(mine["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("zero", ZERO)
