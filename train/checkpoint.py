@@ -10,6 +10,7 @@ appears whole, by renaming, before `latest` names it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -37,13 +38,18 @@ LATEST, PROGRESS, STATE, MODEL = "latest", "progress.json", "state", "model"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. seconds: training time of the stage; samples, tokens: seen in the stage by all ranks."""
+    """How far a run has come. seconds: training time of the stage; samples, tokens: seen in the stage by all ranks.
+
+    best_loss: the lowest of the stage's validations; since_best: how many have come after it.
+    """
 
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
+    best_loss: float | None = None
+    since_best: int = 0
 
     def after(self, samples: int, tokens: int, seconds: float) -> Progress:
         """The progress after one more step, which saw and took so much."""
@@ -54,6 +60,12 @@ class Progress:
             samples=self.samples + samples,
             tokens=self.tokens + tokens,
         )
+
+    def judged(self, loss: float) -> Progress:
+        """The progress after a validation."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(self, best_loss=loss, since_best=0)
+        return replace(self, since_best=self.since_best + 1)
 
     def position(self) -> dict[str, Any]:
         """Where in the run an event happened."""
@@ -66,6 +78,10 @@ class Progress:
         assert stage.minutes is not None
         return min(1.0, self.seconds / (60 * stage.minutes))
 
+    def is_over(self, stage: Stage, patience: int | None) -> bool:
+        """Whether the stage has come to its end, or so many validations in a row found nothing better."""
+        return self.share(stage) >= 1.0 or (patience is not None and self.since_best >= patience)
+
 
 class Checkpoints:
     """The checkpoints of one run. keep: how many states stay."""
@@ -77,7 +93,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove what an earlier run left in the same place: it would look like this one's."""
         if is_main():
-            for name in (self.folder.name, "model", "adapter", "tensorboard"):
+            for name in (self.folder.name, "model", "adapter", "best", "tensorboard"):
                 shutil.rmtree(self.folder.parent / name, ignore_errors=True)
         dist.barrier()
 
@@ -205,11 +221,11 @@ def _full(parameter: nn.Parameter) -> Tensor:
 
 
 def plain_model(
-    trained: VLMModel, weights: dict[str, Tensor], stage: Stage, base: str | None, adapter: Path
+    trained: VLMModel, weights: dict[str, Tensor], stage: Stage, base: str | None = None, adapter: Path | None = None
 ) -> VLMModel:
     """A model of its own with `weights` (of `full_weights`), LoRA merged into it; by the main rank alone.
 
-    base: with LoRA, the hash of the model before the stage; what the stage trained is then also written to `adapter`.
+    adapter: with LoRA, where to write what the stage trained, for the model whose hash before the stage was `base`.
     """
     with torch.random.fork_rng(devices=[]):
         model = VLMModel(trained.config)
@@ -218,12 +234,12 @@ def plain_model(
         return model
     add_lora(model.language_model, **stage.lora.model_dump())
     model.load_state_dict(weights)
-    others = {
-        name: weights[name]
-        for name, parameter in trained.named_parameters()
-        if parameter.requires_grad and "lora_" not in name
-    }
-    assert base is not None
-    save_lora(model, adapter, base, others)
+    if adapter is not None and base is not None:
+        others = {
+            name: weights[name]
+            for name, parameter in trained.named_parameters()
+            if parameter.requires_grad and "lora_" not in name
+        }
+        save_lora(model, adapter, base, others)
     merge_lora(model.language_model)
     return model

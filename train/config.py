@@ -237,6 +237,12 @@ class Validation(Section):
 
     every: PositiveInt = Field(500, description="optimizer steps between two")
     samples: PositiveInt = Field(256, description="samples of data.val each time")
+    keep_best: bool = Field(
+        False, description="keep the model with the lowest validation loss of the last stage in OUT/best"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="end a stage after so many validations in a row without a lower loss; null: never"
+    )
 
 
 class Watch(Section):
@@ -268,6 +274,15 @@ class Config(Section):
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")
     validation: Validation = Field(Validation(), description="scores on data.val while it trains")
     watch: Watch = Field(Watch(), description="what the log tells beside the losses")
+
+    @model_validator(mode="after")
+    def _something_to_validate_on(self) -> Config:
+        if self.data.val is None and (self.validation.keep_best or self.validation.patience is not None):
+            name = "keep_best" if self.validation.keep_best else "patience"
+            raise ValueError(
+                f"validation.{name} is set, and there is nothing to validate on; set data.val, or remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _share_minutes(self) -> Config:

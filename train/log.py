@@ -63,6 +63,15 @@ class RunLog:
             self._board.add_scalar(f"stage{stage}/{name}", value, step)
         self._show(stage, progress, f"step {step}  {_shown(fields)}")
 
+    def validation(self, *, stage: int, step: int, **fields: Any) -> None:
+        """What held-out data said: an event, and curves."""
+        self.event("validation", stage=stage, step=step, **fields)
+        if self._file is not None:
+            for name, value in _scalars(
+                {name: fields[name] for name in fields.keys() - {"seconds", "samples", "asked"}}
+            ):
+                self._board.add_scalar(f"stage{stage}/validation/{name}", value, step)
+
     def event(self, name: str, **fields: Any) -> None:
         """Something that happened: a line with an "event" field."""
         if self._file is None:

@@ -23,7 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
-from vlm.errors import UsageError
+from vlm.errors import RunError, UsageError
 from vlm.files import atomic_write
 from vlm.lora import add_lora, base_hash
 from vlm.machine import environment, peak_memory_gib
@@ -44,6 +44,7 @@ from .log import RunLog
 from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates
 from .ranks import is_main, join, sums
+from .stopping import StopSignal
 from .summary import training_table
 from .validation import validate
 from .watch import Tally, Watch
@@ -58,6 +59,7 @@ class Run:
     processor: VLMProcessor
     log: RunLog
     checkpoints: Checkpoints
+    stop: StopSignal
 
 
 def train(config: Config, resume: bool = False, command: str | None = None) -> Path:
@@ -84,11 +86,11 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
         raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
     log = RunLog(out, is_main(), append=resume)
-    run = Run(config, data, processor, log, checkpoints)
+    run = Run(config, data, processor, log, checkpoints, StopSignal())
     data.check(model, processor)
     if not resume:
         checkpoints.clear()
-    with log, compilation(config, log):
+    with log, run.stop, compilation(config, log):
         if is_main():
             with atomic_write(out / "config.yaml", "w") as file:
                 file.write(annotated_yaml(config))
@@ -121,7 +123,7 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
     watch = Watch(run.log, *sums([peak_flops(engine.device, config.precision)], engine.device))
     # Closed whatever happens: data workers answer no signal and would keep a failed run from ending.
     with closing(stream(data, progress.step * micro_steps, config.data.workers)) as batches:
-        while progress.share(stage) < 1.0:
+        while not progress.is_over(stage, config.validation.patience):
             tally = Tally(watch.passed_over)
             lr = rate(stage, moment(progress, stage))
             set_rates(engine.optimizer, lr)
@@ -141,11 +143,9 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
                 seen |= look(engine, step_batches[0])
             progress = progress.after(totals.samples, totals.tokens, totals.seconds)
             watch.report(totals, progress, progress.share(stage), grad_norm, lr, seen)
-            if progress.step % config.checkpoint.every == 0 and progress.share(stage) < 1.0:
-                path = run.checkpoints.save_state(engine, progress)
-                run.log.event("checkpoint", path=str(path), **progress.position())
             if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
-                run.log.event("validation", **progress.position(), **validate(engine, held_out))
+                progress = judge(run, engine, frozen, held_out, progress)
+            save_in_time(run, engine, progress)
     (memory,) = sums([peak_memory_gib()], engine.device)
     run.log.event("trained", peak_memory_gib=memory, **progress.position())
     leave(run, engine, frozen, progress, base)
@@ -231,6 +231,39 @@ def take_step(engine: DeepSpeedEngine) -> float:
 def is_watched(config: Config, progress: Progress) -> bool:
     """Whether the log tells more of the step that comes after `progress`."""
     return config.watch.every > 0 and (progress.step + 1) % config.watch.every == 0
+
+
+def judge(
+    run: Run, engine: DeepSpeedEngine, frozen: dict[str, Tensor], held_out: list[Batch], progress: Progress
+) -> Progress:
+    """Validate; in the last stage keep the model in OUT/best if it is the best so far and that is asked for."""
+    result = validate(engine, held_out)
+    run.log.validation(**progress.position(), **result)
+    progress = progress.judged(result["loss"])
+    is_last = progress.stage == len(run.config.stages) - 1
+    if run.config.validation.keep_best and is_last and progress.since_best == 0:
+        folder = Path(run.config.out) / "best"
+        weights = full_weights(engine, frozen)
+        if is_main():
+            save(plain_model(engine.module.model, weights, engine.module.stage), run.processor, folder)
+        run.log.event("best", loss=progress.best_loss, path=str(folder), **progress.position())
+    return progress
+
+
+def save_in_time(run: Run, engine: DeepSpeedEngine, progress: Progress) -> None:
+    """Write a checkpoint when it is due. Raises RunError, with one written, where the run was told to stop."""
+    told_to_stop = run.stop.came(engine.device)
+    if progress.is_over(run.config.stages[progress.stage], run.config.validation.patience):
+        return  # what the stage leaves is written next, and the stage after it hears of the signal
+    if told_to_stop or progress.step % run.config.checkpoint.every == 0:
+        path = run.checkpoints.save_state(engine, progress)
+        run.log.event("checkpoint", path=str(path), **progress.position())
+    if told_to_stop:
+        run.log.event("stopped", **progress.position())
+        raise RunError(
+            f"stopped by SIGTERM after step {progress.step} of stage {progress.stage}; all of it is in {path}, and the "
+            "same command with --resume goes on from there"
+        )
 
 
 # The end of a stage
