@@ -30,6 +30,7 @@ from vlm.model import VLMModel
 from vlm.processing import VLMProcessor
 from vlm.saving import read, save
 
+from .average import Average
 from .config import Stage
 from .ranks import is_main
 
@@ -123,7 +124,7 @@ class Checkpoints:
             )
         return progress, folder
 
-    def save_state(self, engine: DeepSpeedEngine, progress: Progress) -> Path:
+    def save_state(self, engine: DeepSpeedEngine, average: Average | None, progress: Progress) -> Path:
         """Write what the stage can go on from bit by bit; a collective call. Raises RunError where the disk refuses."""
         folder = self.folder / f"stage{progress.stage}-step{progress.step}"
         fresh = self.folder / f".{folder.name}.new"
@@ -132,6 +133,8 @@ class Checkpoints:
             fresh.mkdir(parents=True)
         dist.barrier()
         try:
+            if average is not None:
+                average.save(fresh)
             engine.save_checkpoint(str(fresh), tag=STATE, save_latest=False)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -145,11 +148,13 @@ class Checkpoints:
         dist.barrier()
         return folder
 
-    def load_state(self, engine: DeepSpeedEngine, folder: Path) -> None:
+    def load_state(self, engine: DeepSpeedEngine, average: Average | None, folder: Path) -> None:
         """Put back what `save_state` wrote into an engine made in the same way; a collective call."""
         loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
         if loaded is None:
             raise RunError(f"DeepSpeed found nothing in {folder}; write an older state into {self.folder / LATEST}")
+        if average is not None:
+            average.load(folder)
 
     def save_start(self, model: VLMModel, processor: VLMProcessor, progress: Progress) -> None:
         """Write what a stage starts from; by the main rank alone."""

@@ -195,6 +195,11 @@ class Stage(Section):
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw; muon for the matrices, adamw for the rest")
     weight_decay: NonNegativeFloat = Field(0.05, description="on matrices only")
     clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0, and with muon: no limit")
+    ema: PositiveFloat | None = Field(
+        None,
+        lt=1,
+        description="decay of a moving average of the weights, e.g. 0.999, which the stage leaves instead of them",
+    )
     train: list[str] = Field(["*"], description="patterns of the parameter names that train")
     freeze: list[str] = Field([], description="patterns of those that do not, whatever train says")
     lora: Lora | None = Field(None, description="low-rank updates of frozen linear layers, e.g. {r: 8}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,7 @@ from vlm.processing import VLMProcessor
 from vlm.saving import save
 from vlm.settings import annotated_yaml
 
+from .average import Average
 from .batches import Batch, on_device, stream
 from .build import build
 from .checkpoint import Checkpoints, Progress, full_weights, plain_model
@@ -114,8 +115,9 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
     config, stage = run.config, run.config.stages[progress.stage]
     base = base_hash(model.state_dict()) if stage.lora is not None and is_main() else None
     engine, frozen = start_engine(run, model, progress.stage)
+    average = Average(engine, stage.ema) if stage.ema is not None else None
     if folder is not None and progress.step:
-        run.checkpoints.load_state(engine, folder)
+        run.checkpoints.load_state(engine, average, folder)
     micro_steps = engine.gradient_accumulation_steps()
     data = run.data.micro_batches(model, run.processor, progress.stage)
     held_out = list(run.data.validation_batches(model, run.processor, progress.stage))
@@ -138,16 +140,21 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
                     seen["grad_norms"] = gradient_norms(engine)
                 grad_norm = take_step(engine)
                 tally.add(batch, flops(batch), loss, logs)
+            if average is not None:
+                average.update()
             totals = tally.totals(engine.device)
             if is_watched(config, progress):
                 seen |= look(engine, step_batches[0])
             progress = progress.after(totals.samples, totals.tokens, totals.seconds)
             watch.report(totals, progress, progress.share(stage), grad_norm, lr, seen)
             if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
-                progress = judge(run, engine, frozen, held_out, progress)
-            save_in_time(run, engine, progress)
+                with average.in_place() if average is not None else nullcontext():
+                    progress = judge(run, engine, frozen, held_out, progress)
+            save_in_time(run, engine, average, progress)
     (memory,) = sums([peak_memory_gib()], engine.device)
     run.log.event("trained", peak_memory_gib=memory, **progress.position())
+    if average is not None:
+        average.swap()
     leave(run, engine, frozen, progress, base)
 
 
@@ -250,13 +257,13 @@ def judge(
     return progress
 
 
-def save_in_time(run: Run, engine: DeepSpeedEngine, progress: Progress) -> None:
+def save_in_time(run: Run, engine: DeepSpeedEngine, average: Average | None, progress: Progress) -> None:
     """Write a checkpoint when it is due. Raises RunError, with one written, where the run was told to stop."""
     told_to_stop = run.stop.came(engine.device)
     if progress.is_over(run.config.stages[progress.stage], run.config.validation.patience):
         return  # what the stage leaves is written next, and the stage after it hears of the signal
     if told_to_stop or progress.step % run.config.checkpoint.every == 0:
-        path = run.checkpoints.save_state(engine, progress)
+        path = run.checkpoints.save_state(engine, average, progress)
         run.log.event("checkpoint", path=str(path), **progress.position())
     if told_to_stop:
         run.log.event("stopped", **progress.position())

@@ -22,7 +22,7 @@ from vlm.train.loop import train
 CLOCK = ("seconds", "samples_per_second", "tokens_per_second", "mfu", "memory_gib")
 STAGES = (
     {"objective": "contrastive", "steps": 3, "batch": 4, "micro_batch": 2},
-    {"objective": "joint", "steps": 4, "batch": 4, "micro_batch": 2, "lora": {"r": 2, "dropout": 0.3}},
+    {"objective": "joint", "steps": 4, "batch": 4, "micro_batch": 2, "lora": {"r": 2, "dropout": 0.3}, "ema": 0.6},
 )
 
 

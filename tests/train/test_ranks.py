@@ -36,6 +36,7 @@ JOINT = {"objective": "joint", "steps": 4, "lr": 0.01}
 RUNS = {
     **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 18}, "watch": {"every": 2}}) for zero in ZERO},
     "lora": ([JOINT | {"lora": {"r": 2}}], {"zero": 3}),
+    **{f"ema {zero}": ([JOINT | {"ema": 0.6}], {"zero": zero}) for zero in (0, 2, 3)},
     "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
     **{f"muon {zero}": ([JOINT | {"optimizer": "muon"}], {"zero": zero}) for zero in (0, 2, 3)},
 }
@@ -166,6 +167,12 @@ def test_bf16_on_two_ranks(one, two):
     assert difference(two["bf16"], one("bf16")) < 1e-2
     weight = two["bf16"].weights()["language_model.lm_head.weight"]
     assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float())
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_the_average_of_two_ranks_is_that_of_one(one, two, zero):
+    alone, together = one("ema 0").weights(), two[f"ema {zero}"].weights()
+    assert all(torch.allclose(together[name], value, rtol=1e-2, atol=1e-3) for name, value in alone.items())
 
 
 def test_lora_under_zero_3_saves_what_it_trained(one, two, base):
