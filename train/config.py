@@ -258,6 +258,13 @@ class Watch(Section):
     )
 
 
+class Log(Section):
+    """Where curves are drawn beside OUT/tensorboard; both stay on this machine unless their own settings say otherwise."""
+
+    wandb: str | None = Field(None, description="project of Weights & Biases; offline unless WANDB_MODE=online")
+    trackio: str | None = Field(None, description="project of trackio")
+
+
 class Config(Section):
     """A whole run."""
 
@@ -279,6 +286,7 @@ class Config(Section):
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")
     validation: Validation = Field(Validation(), description="scores on data.val while it trains")
     watch: Watch = Field(Watch(), description="what the log tells beside the losses")
+    log: Log = Field(Log(), description="where curves are drawn beside TensorBoard")
 
     @model_validator(mode="after")
     def _something_to_validate_on(self) -> Config:

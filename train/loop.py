@@ -34,6 +34,7 @@ from vlm.settings import annotated_yaml
 
 from .average import Average
 from .batches import Batch, on_device, stream
+from .boards import check_boards
 from .build import build
 from .checkpoint import Checkpoints, Progress, full_weights, plain_model
 from .config import Config, Stage
@@ -79,6 +80,7 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         device = get_accelerator().device_name()
         raise UsageError(f"precision fp16 does not work on {device}; use bf16, or fp32")
+    check_boards(config.log)
     if resume:
         progress, folder = checkpoints.latest()
     else:
@@ -86,7 +88,7 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     if progress.stage == len(config.stages):
         raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
-    log = RunLog(out, is_main(), append=resume)
+    log = RunLog(out, is_main(), append=resume, boards=config.log)
     run = Run(config, data, processor, log, checkpoints, StopSignal())
     data.check(model, processor)
     if not resume:
