@@ -83,7 +83,7 @@ class ModelFlops:
         model = objective.model
         text = model.language_model.config.get_text_config()
         self.text_layers, self.text_width = text.num_hidden_layers, _attention_width(text)
-        self.vision_layers, self.vision_width = _depth(model.vision), int(model.vision.width)
+        self.vision_layers, self.vision_width = depth(model.vision), int(model.vision.width)
         self.image_tokens = model.vision.grid[0] * model.vision.grid[1]
         self.latents = model.config.adapter_config.latents
 
@@ -199,9 +199,10 @@ def _trains(parameters: Iterable[nn.Parameter]) -> bool:
     return any(parameter.requires_grad for parameter in parameters)
 
 
-def _depth(vision: nn.Module) -> int:
-    """Layers of a tower: its longest list of modules."""
-    return max((len(part) for part in vision.modules() if isinstance(part, (nn.ModuleList, nn.Sequential))), default=0)
+def depth(vision: nn.Module) -> int:
+    """Layers of a tower: how often it attends, by the names that timm and PyTorch give to what does."""
+    kinds = [(name, type(part).__name__) for name, part in vision.named_modules()]
+    return sum("Attention" in kind and "Block" not in kind and "attn_pool" not in name for name, kind in kinds)
 
 
 def _attention_width(text: Any) -> int:
