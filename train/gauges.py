@@ -34,12 +34,9 @@ def look(engine: DeepSpeedEngine, batch: Batch) -> dict[str, Any]:
     """After a step: memory, and of a joint stage gates and looking gap. batch: a micro-batch of this rank."""
     seen: dict[str, Any] = {"memory_gib": memory(engine.device)}
     if engine.module.stage.objective == "joint":
-        attention, feed_forward = zip(*gates(engine.module.model).values(), strict=True)
-        layers = list(engine.module.model.adapters)
-        seen["gates"] = {
-            "attention": dict(zip(layers, attention, strict=True)),
-            "feed_forward": dict(zip(layers, feed_forward, strict=True)),
-        }
+        told = gates(engine.module.model).items()
+        branches = enumerate(("attention", "feed_forward"))
+        seen["gates"] = {branch: {layer: pair[place] for layer, pair in told} for place, branch in branches}
         gap = looking_gap(engine, batch)
         seen |= {} if gap is None else {"looking_gap": gap}
     return seen
@@ -55,7 +52,8 @@ def gradient_norms(engine: DeepSpeedEngine) -> dict[str, float]:
     """The norm of the step's gradient, part by part of those that train; their squares add up to that of the whole.
 
     Asked between a step's last backward pass and `engine.step()`, before clipping. Under ZeRO each rank adds up the squares
-    of the partition it holds, so it costs one pass over memory and one number a part to send.
+    of the partition it holds, so it costs one pass over memory and one number a part to send. With Muon, ZeRO-1 and 2 hold its
+    updates in the gradients' place by then, as they do for the norm of the whole.
     """
     squares: dict[str, list[Tensor]] = defaultdict(list)
     names = {id(parameter): name for name, parameter in engine.module.model.named_parameters()}
@@ -63,7 +61,7 @@ def gradient_norms(engine: DeepSpeedEngine) -> dict[str, float]:
     for parameter in trained:
         gradient = _own_gradient(engine, parameter)
         part = part_of(names[id(parameter)])
-        squares[part] += [] if gradient is None else [gradient.detach().double().square().sum()]
+        squares[part] += [] if gradient is None else [torch.linalg.vector_norm(gradient, dtype=torch.float64).square()]
     parts = [part for part in PARTS if part in squares]
     own = [float(torch.stack(squares[part]).sum()) if squares[part] else 0.0 for part in parts]
     scale = float(getattr(engine.optimizer, "loss_scale", 1.0) or 1.0)

@@ -43,9 +43,8 @@ def test_the_gates_are_those_of_the_model(run):
 def test_the_parts_of_the_gradient_make_up_the_whole(run, zero, precision):
     """What the engine says of the whole is the judge."""
     weights = {"bf16": {"enabled": True}} if precision == "bf16" and zero else {}
-    left = run(JOINT | {"clip": 0.1}, **WATCHED, zero=zero, precision=precision, deepspeed=weights)
-    for step in (2, 4):
-        told = of_step(left, step)
+    left = run(JOINT | {"clip": 0.1, "steps": 2}, watch={"every": 1}, zero=zero, precision=precision, deepspeed=weights)
+    for told in left.steps:
         assert told["grad_norms"].keys() == {"vision", "adapters", "language_model", "heads"}
         assert all(value > 0 for value in told["grad_norms"].values())
         assert math.hypot(*told["grad_norms"].values()) == pytest.approx(told["grad_norm"], rel=1e-5)
@@ -61,8 +60,9 @@ def test_watching_changes_nothing(run, save_model, tmp_path, zero):
     """With dropout, so that a random number drawn in passing would show."""
     dropping = save_model(tmp_path / "dropping", "gpt2", gate_init=0.5)
     settings = {"model": {"path": dropping}, "zero": zero}
-    watched = run(JOINT, into="watched", watch={"every": 1}, **settings)
-    plain = run(JOINT, into="plain", watch={"every": 0}, **settings)
+    stage = JOINT | {"steps": 3}
+    watched = run(stage, into="watched", watch={"every": 1}, **settings)
+    plain = run(stage, into="plain", watch={"every": 0}, **settings)
     assert all("looking_gap" in line for line in watched.steps)
     assert not any("looking_gap" in line or "grad_norms" in line for line in plain.steps)
     assert watched.losses == plain.losses
