@@ -10,10 +10,12 @@ appears whole, by renaming, before `latest` names it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine, zero
@@ -28,6 +30,7 @@ from vlm.model import VLMModel
 from vlm.processing import VLMProcessor
 from vlm.saving import read, save
 
+from .average import Average
 from .config import Stage
 from .ranks import is_main
 
@@ -36,13 +39,38 @@ LATEST, PROGRESS, STATE, MODEL = "latest", "progress.json", "state", "model"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come. seconds: training time of the stage; samples, tokens: seen in the stage by all ranks."""
+    """How far a run has come. seconds: training time of the stage; samples, tokens: seen in the stage by all ranks.
+
+    best_loss: the lowest of the stage's validations; since_best: how many have come after it.
+    """
 
     stage: int = 0
     step: int = 0
     seconds: float = 0.0
     samples: int = 0
     tokens: int = 0
+    best_loss: float | None = None
+    since_best: int = 0
+
+    def after(self, samples: int, tokens: int, seconds: float) -> Progress:
+        """The progress after one more step, which saw and took so much."""
+        return replace(
+            self,
+            step=self.step + 1,
+            seconds=self.seconds + seconds,
+            samples=self.samples + samples,
+            tokens=self.tokens + tokens,
+        )
+
+    def judged(self, loss: float) -> Progress:
+        """The progress after a validation."""
+        if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
+            return replace(self, best_loss=loss, since_best=0)
+        return replace(self, since_best=self.since_best + 1)
+
+    def position(self) -> dict[str, Any]:
+        """Where in the run an event happened."""
+        return {"stage": self.stage, "step": self.step, "seconds": self.seconds, "samples": self.samples}
 
     def share(self, stage: Stage) -> float:
         """How much of the stage is done, 0 to 1."""
@@ -50,6 +78,10 @@ class Progress:
             return min(1.0, self.step / stage.steps)
         assert stage.minutes is not None
         return min(1.0, self.seconds / (60 * stage.minutes))
+
+    def is_over(self, stage: Stage, patience: int | None) -> bool:
+        """Whether the stage has come to its end, or so many validations in a row found nothing better."""
+        return self.share(stage) >= 1.0 or (patience is not None and self.since_best >= patience)
 
 
 class Checkpoints:
@@ -62,7 +94,7 @@ class Checkpoints:
     def clear(self) -> None:
         """Remove what an earlier run left in the same place: it would look like this one's."""
         if is_main():
-            for name in (self.folder.name, "model", "adapter", "tensorboard"):
+            for name in (self.folder.name, "model", "adapter", "best", "tensorboard"):
                 shutil.rmtree(self.folder.parent / name, ignore_errors=True)
         dist.barrier()
 
@@ -92,7 +124,7 @@ class Checkpoints:
             )
         return progress, folder
 
-    def save_state(self, engine: DeepSpeedEngine, progress: Progress) -> Path:
+    def save_state(self, engine: DeepSpeedEngine, average: Average | None, progress: Progress) -> Path:
         """Write what the stage can go on from bit by bit; a collective call. Raises RunError where the disk refuses."""
         folder = self.folder / f"stage{progress.stage}-step{progress.step}"
         fresh = self.folder / f".{folder.name}.new"
@@ -101,6 +133,8 @@ class Checkpoints:
             fresh.mkdir(parents=True)
         dist.barrier()
         try:
+            if average is not None:
+                average.save(fresh)
             engine.save_checkpoint(str(fresh), tag=STATE, save_latest=False)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -114,11 +148,13 @@ class Checkpoints:
         dist.barrier()
         return folder
 
-    def load_state(self, engine: DeepSpeedEngine, folder: Path) -> None:
+    def load_state(self, engine: DeepSpeedEngine, average: Average | None, folder: Path) -> None:
         """Put back what `save_state` wrote into an engine made in the same way; a collective call."""
         loaded, _ = engine.load_checkpoint(str(folder), tag=STATE)
         if loaded is None:
             raise RunError(f"DeepSpeed found nothing in {folder}; write an older state into {self.folder / LATEST}")
+        if average is not None:
+            average.load(folder)
 
     def save_start(self, model: VLMModel, processor: VLMProcessor, progress: Progress) -> None:
         """Write what a stage starts from; by the main rank alone."""
@@ -190,11 +226,11 @@ def _full(parameter: nn.Parameter) -> Tensor:
 
 
 def plain_model(
-    trained: VLMModel, weights: dict[str, Tensor], stage: Stage, base: str | None, adapter: Path
+    trained: VLMModel, weights: dict[str, Tensor], stage: Stage, base: str | None = None, adapter: Path | None = None
 ) -> VLMModel:
     """A model of its own with `weights` (of `full_weights`), LoRA merged into it; by the main rank alone.
 
-    base: with LoRA, the hash of the model before the stage; what the stage trained is then also written to `adapter`.
+    adapter: with LoRA, where to write what the stage trained, for the model whose hash before the stage was `base`.
     """
     with torch.random.fork_rng(devices=[]):
         model = VLMModel(trained.config)
@@ -203,12 +239,12 @@ def plain_model(
         return model
     add_lora(model.language_model, **stage.lora.model_dump())
     model.load_state_dict(weights)
-    others = {
-        name: weights[name]
-        for name, parameter in trained.named_parameters()
-        if parameter.requires_grad and "lora_" not in name
-    }
-    assert base is not None
-    save_lora(model, adapter, base, others)
+    if adapter is not None and base is not None:
+        others = {
+            name: weights[name]
+            for name, parameter in trained.named_parameters()
+            if parameter.requires_grad and "lora_" not in name
+        }
+        save_lora(model, adapter, base, others)
     merge_lora(model.language_model)
     return model

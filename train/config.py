@@ -195,6 +195,11 @@ class Stage(Section):
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw; muon for the matrices, adamw for the rest")
     weight_decay: NonNegativeFloat = Field(0.05, description="on matrices only")
     clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0, and with muon: no limit")
+    ema: PositiveFloat | None = Field(
+        None,
+        lt=1,
+        description="decay of a moving average of the weights, e.g. 0.999, which the stage leaves instead of them",
+    )
     train: list[str] = Field(["*"], description="patterns of the parameter names that train")
     freeze: list[str] = Field([], description="patterns of those that do not, whatever train says")
     lora: Lora | None = Field(None, description="low-rank updates of frozen linear layers, e.g. {r: 8}")
@@ -237,6 +242,27 @@ class Validation(Section):
 
     every: PositiveInt = Field(500, description="optimizer steps between two")
     samples: PositiveInt = Field(256, description="samples of data.val each time")
+    keep_best: bool = Field(
+        False, description="keep the model with the lowest validation loss of the last stage in OUT/best"
+    )
+    patience: PositiveInt | None = Field(
+        None, description="end a stage after so many validations in a row without a lower loss; null: never"
+    )
+
+
+class Watch(Section):
+    """What the log tells of a run beside its losses."""
+
+    every: NonNegativeInt = Field(
+        50, description="optimizer steps between two looks at gates, gradients, looking gap and memory; 0: never"
+    )
+
+
+class Log(Section):
+    """Where curves are drawn beside OUT/tensorboard; both stay on this machine unless their own settings say otherwise."""
+
+    wandb: str | None = Field(None, description="project of Weights & Biases; offline unless WANDB_MODE=online")
+    trackio: str | None = Field(None, description="project of trackio")
 
 
 class Config(Section):
@@ -259,6 +285,17 @@ class Config(Section):
     compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")
     validation: Validation = Field(Validation(), description="scores on data.val while it trains")
+    watch: Watch = Field(Watch(), description="what the log tells beside the losses")
+    log: Log = Field(Log(), description="where curves are drawn beside TensorBoard")
+
+    @model_validator(mode="after")
+    def _something_to_validate_on(self) -> Config:
+        if self.data.val is None and (self.validation.keep_best or self.validation.patience is not None):
+            name = "keep_best" if self.validation.keep_best else "patience"
+            raise ValueError(
+                f"validation.{name} is set, and there is nothing to validate on; set data.val, or remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _share_minutes(self) -> Config:

@@ -26,6 +26,11 @@ def deepspeed_config(config: Config, stage: Stage, world_size: int) -> dict[str,
     merged = _load(config.deepspeed)
     _fill(merged, {**_batches(stage, world_size), **_precision(config, merged), **_rest(config, stage)}, stage, "")
     _drop_auto(merged)
+    offload = merged["zero_optimization"].get("offload_optimizer") or {}
+    if stage.ema is not None and offload.get("device") == "nvme":
+        raise UsageError(
+            f"ema {stage.ema:g} averages weights in memory, and deepspeed: offload_optimizer.device is nvme; remove one"
+        )
     # The loop's optimizers are torch's own; ZeRO takes them only if it is told so.
     merged.setdefault("zero_allow_untested_optimizer", True)
     merged.setdefault("zero_force_ds_cpu_optimizer", False)

@@ -1,6 +1,6 @@
-"""What a run leaves to be read: `log.jsonl`, TensorBoard files, and a progress bar for whoever watches.
+"""What a run leaves to be read: `log.jsonl`, curves, and a progress bar for whoever watches.
 
-Knows files and terminals. Knows nothing of models, data or what the numbers mean.
+Knows files and terminals. Knows nothing of models, data, what the numbers mean or who draws the curves.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,33 +19,38 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from vlm.files import room_for
 
+from .boards import Board, open_boards
+from .config import Log as LogSettings
+
 PLAIN_SECONDS = 10.0
+TENSORBOARD_ALONE = LogSettings()
 
 
 class RunLog:
     """The log of one run; a context manager. On ranks other than the main one it does nothing.
 
     out: the run's folder. main: whether this rank writes. append: go on with the log that is there (a resumed run).
+    boards: where curves are drawn beside TensorBoard.
     """
 
-    def __init__(self, out: Path, main: bool, append: bool = False) -> None:
+    def __init__(self, out: Path, main: bool, append: bool = False, boards: LogSettings = TENSORBOARD_ALONE) -> None:
         self._file: IO[str] | None = None
         self._progress: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
         self._last_plain = -math.inf
         self._out, self._main, self._append = out, main, append
+        self._wanted = boards
+        self._boards: list[Board] = []
 
     def __enter__(self) -> RunLog:
         if not self._main:
             return self
-        from torch.utils.tensorboard import SummaryWriter
-
         self._out.mkdir(parents=True, exist_ok=True)
         self._path = self._out / "log.jsonl"
         if self._append:
             _drop_half_line(self._path)
         self._file = open(self._path, "a" if self._append else "w", encoding="utf-8")
-        self._board = SummaryWriter(str(self._out / "tensorboard"))
+        self._boards = open_boards(self._wanted, self._out, self._append)
         self._console = Console(file=sys.stdout)
         return self
 
@@ -57,10 +63,15 @@ class RunLog:
             return
         self._write(fields)
         stage, step = fields.get("stage", 0), fields.get("step", 0)
-        for name, value in fields.items():
-            if isinstance(value, (int, float)) and name not in ("stage", "step"):
-                self._board.add_scalar(f"stage{stage}/{name}", value, step)
+        told = {name: value for name, value in fields.items() if name not in ("stage", "step")}
+        self._draw(stage, step, dict(_scalars(told)))
         self._show(stage, progress, f"step {step}  {_shown(fields)}")
+
+    def validation(self, *, stage: int, step: int, **fields: Any) -> None:
+        """What held-out data said: an event, and curves."""
+        self.event("validation", stage=stage, step=step, **fields)
+        told = {name: value for name, value in fields.items() if name not in ("seconds", "samples", "asked")}
+        self._draw(stage, step, dict(_scalars(told, "validation/")))
 
     def event(self, name: str, **fields: Any) -> None:
         """Something that happened: a line with an "event" field."""
@@ -85,7 +96,12 @@ class RunLog:
                 try:
                     file.close()
                 finally:
-                    self._board.close()
+                    while self._boards:
+                        self._boards.pop().close()
+
+    def _draw(self, stage: int, step: int, values: dict[str, float]) -> None:
+        for board in self._boards:
+            board.add(stage, step, values)
 
     def _write(self, fields: dict[str, Any]) -> None:
         assert self._file is not None
@@ -116,6 +132,15 @@ class RunLog:
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(f"stage {stage}", total=1.0, text="")
         return self._progress
+
+
+def _scalars(fields: dict[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in nested fields, each by its path: {"a": {"b": 1}} is a/b."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{above}{name}/")
+        elif isinstance(value, (int, float)):
+            yield above + name, value
 
 
 def _drop_half_line(path: Path) -> None:

@@ -9,11 +9,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
-from vlm.augmentation import Augmentation
 from vlm.errors import RunError, UsageError
 from vlm.files import atomic_write
 from vlm.lora import add_lora, base_hash
@@ -35,23 +31,25 @@ from vlm.model import VLMModel
 from vlm.processing import VLMProcessor
 from vlm.saving import save
 from vlm.settings import annotated_yaml
-from vlm.shards import Shards
 
-from .batches import READERS, Batch, MicroBatches, on_device, stream
+from .average import Average
+from .batches import Batch, on_device, stream
+from .boards import check_boards
 from .build import build
 from .checkpoint import Checkpoints, Progress, full_weights, plain_model
-from .config import Augment, Config, Stage
+from .config import Config, Stage
+from .data import RunData
 from .deepspeed_config import deepspeed_config, micro_batch_size
+from .flops import ModelFlops, peak_flops
+from .gauges import gradient_norms, look
 from .log import RunLog
 from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates
-from .order import BLOCK, Order
-from .ranks import is_main, join, joined, sums
+from .ranks import is_main, join, sums
+from .stopping import StopSignal
 from .summary import training_table
 from .validation import validate
-
-# Loss scaling of fp16 finds its scale by overflowing first, some steps in a row.
-MOST_SKIPPED = 25
+from .watch import Tally, Watch
 
 
 @dataclass
@@ -59,11 +57,11 @@ class Run:
     """What all stages of a run share."""
 
     config: Config
+    data: RunData
     processor: VLMProcessor
     log: RunLog
     checkpoints: Checkpoints
-    train: list[Shards]
-    val: Shards | None
+    stop: StopSignal
 
 
 def train(config: Config, resume: bool = False, command: str | None = None) -> Path:
@@ -76,13 +74,13 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     join()
     out = Path(config.out)
     checkpoints = Checkpoints(out, config.checkpoint.keep)
-    train_data = [Shards.open(source.path) for source in config.data.train]
-    val_data = Shards.open(config.data.val) if config.data.val is not None else None
+    data = RunData.open(config)
     for stage in config.stages:
         micro_batch_size(stage, dist.get_world_size())
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         device = get_accelerator().device_name()
         raise UsageError(f"precision fp16 does not work on {device}; use bf16, or fp32")
+    check_boards(config.log)
     if resume:
         progress, folder = checkpoints.latest()
     else:
@@ -90,12 +88,12 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     if progress.stage == len(config.stages):
         raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
-    log = RunLog(out, is_main(), append=resume)
-    run = Run(config, processor, log, checkpoints, train_data, val_data)
-    _check_data(run, model)
+    log = RunLog(out, is_main(), append=resume, boards=config.log)
+    run = Run(config, data, processor, log, checkpoints, StopSignal())
+    data.check(model, processor)
     if not resume:
         checkpoints.clear()
-    with log, compilation(config, log):
+    with log, run.stop, compilation(config, log):
         if is_main():
             with atomic_write(out / "config.yaml", "w") as file:
                 file.write(annotated_yaml(config))
@@ -119,34 +117,46 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
     config, stage = run.config, run.config.stages[progress.stage]
     base = base_hash(model.state_dict()) if stage.lora is not None and is_main() else None
     engine, frozen = start_engine(run, model, progress.stage)
+    average = Average(engine, stage.ema) if stage.ema is not None else None
     if folder is not None and progress.step:
-        run.checkpoints.load_state(engine, folder)
+        run.checkpoints.load_state(engine, average, folder)
     micro_steps = engine.gradient_accumulation_steps()
-    data = micro_batches(run, model, progress.stage)
-    held_out = list(validation_batches(run, model, progress.stage))
-    watch = Watch(run)
+    data = run.data.micro_batches(model, run.processor, progress.stage)
+    held_out = list(run.data.validation_batches(model, run.processor, progress.stage))
+    flops = ModelFlops(engine.module)
+    watch = Watch(run.log, *sums([peak_flops(engine.device, config.precision)], engine.device))
     # Closed whatever happens: data workers answer no signal and would keep a failed run from ending.
     with closing(stream(data, progress.step * micro_steps, config.data.workers)) as batches:
-        while progress.share(stage) < 1.0:
+        while not progress.is_over(stage, config.validation.patience):
+            tally = Tally(watch.passed_over)
             lr = rate(stage, moment(progress, stage))
             set_rates(engine.optimizer, lr)
             torch.manual_seed(seed_of(config.seed, progress, dist.get_rank()))
             step_batches = list(islice(batches, micro_steps))
             mean_targets = mean_over_step(engine, step_batches)
+            seen: dict[str, Any] = {}
             for batch in step_batches:
                 loss, logs = engine(on_device(batch, engine.device), mean_targets)
                 engine.backward(loss)
+                if is_watched(config, progress) and engine.is_gradient_accumulation_boundary():
+                    seen["grad_norms"] = gradient_norms(engine)
                 grad_norm = take_step(engine)
-                watch.see(batch, loss, logs)
-            progress = watch.report(engine, progress, grad_norm, lr)
-            if progress.step % config.checkpoint.every == 0 and progress.share(stage) < 1.0:
-                path = run.checkpoints.save_state(engine, progress)
-                run.log.event("checkpoint", path=str(path), **position(progress))
+                tally.add(batch, flops(batch), loss, logs)
+            if average is not None:
+                average.update()
+            totals = tally.totals(engine.device)
+            if is_watched(config, progress):
+                seen |= look(engine, step_batches[0])
+            progress = progress.after(totals.samples, totals.tokens, totals.seconds)
+            watch.report(totals, progress, progress.share(stage), grad_norm, lr, seen)
             if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
-                run.log.event("validation", **position(progress), **validate(engine, held_out))
-            watch.restart()
+                with average.in_place() if average is not None else nullcontext():
+                    progress = judge(run, engine, frozen, held_out, progress)
+            save_in_time(run, engine, average, progress)
     (memory,) = sums([peak_memory_gib()], engine.device)
-    run.log.event("trained", peak_memory_gib=memory, **position(progress))
+    run.log.event("trained", peak_memory_gib=memory, **progress.position())
+    if average is not None:
+        average.swap()
     leave(run, engine, frozen, progress, base)
 
 
@@ -182,61 +192,6 @@ def compilation(config: Config, log: RunLog) -> AbstractContextManager:
     if config.compile and not can:
         log.say("compile: no C++ compiler is here, so the model runs uncompiled; install g++")
     return torch.compiler.set_stance("default" if config.compile and can else "force_eager")
-
-
-# Data
-
-
-def micro_batches(run: Run, model: VLMModel, number: int) -> MicroBatches:
-    """The training micro-batches of stage `number` for this rank."""
-    stage = run.config.stages[number]
-    weights = [source.weight for source in run.config.data.train]
-    order = Order([len(source) for source in run.train], weights, [run.config.seed, number])
-    size = micro_batch_size(stage, dist.get_world_size())
-    return MicroBatches(
-        run.train,
-        order,
-        reader(run, model, stage, augmentation(run.config)),
-        size,
-        dist.get_rank(),
-        dist.get_world_size(),
-    )
-
-
-def validation_batches(run: Run, model: VLMModel, number: int) -> Iterator[Batch]:
-    """This rank's part of the first `validation.samples` held-out samples, in whole micro-batches, with all questions."""
-    if run.val is None:
-        return
-    stage = run.config.stages[number].model_copy(update={"questions": None})
-    ranks = dist.get_world_size()
-    samples = min(run.config.validation.samples, len(run.val))
-    size = max(1, min(micro_batch_size(stage, ranks), samples // ranks))
-    order = Order([len(run.val)], [1.0], [run.config.seed, number], shuffle=False)
-    data = MicroBatches([run.val], order, reader(run, model, stage), size, dist.get_rank(), ranks)
-    yield from islice(stream(data, 0, workers=0), max(1, samples // (size * ranks)))
-
-
-def reader(run: Run, model: VLMModel, stage: Stage, changes: Augmentation | None = None) -> Any:
-    """What makes the stage's examples."""
-    longest = model.max_tokens or stage.max_tokens
-    return READERS[stage.objective](run.processor, stage, longest, model.config.reading == "causal", changes)
-
-
-def augmentation(config: Config) -> Augmentation | None:
-    """The changes of training pictures; None where there are none."""
-    return Augmentation(**config.data.augment.model_dump()) if config.data.augment != Augment() else None
-
-
-def _check_data(run: Run, model: VLMModel) -> None:
-    """Raise UsageError now where a stage would later find nothing to train on in one of its sources."""
-    for number in range(len(run.config.stages)):
-        data = micro_batches(run, model, number)
-        first_of_source = {data.order.at(position)[0]: position for position in reversed(range(BLOCK))}
-        try:
-            for first in sorted(first_of_source.values()):
-                data.example(first, [])
-        except UsageError as error:
-            raise UsageError(f"stages.{number}: {error}") from None
 
 
 # Steps
@@ -282,82 +237,42 @@ def take_step(engine: DeepSpeedEngine) -> float:
     return norm
 
 
-class Watch:
-    """Adds up what a step's micro-batches tell, and writes the step's line. Time runs on between steps, not beside them."""
+def is_watched(config: Config, progress: Progress) -> bool:
+    """Whether the log tells more of the step that comes after `progress`."""
+    return config.watch.every > 0 and (progress.step + 1) % config.watch.every == 0
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.skipped_in_a_row = 0
-        self.passed_over: set[tuple[str, str]] = set()
-        self.restart()
 
-    def restart(self) -> None:
-        """Start the clock: the time since the last step was not training."""
-        self.started = time.perf_counter()
-        self.seen: list[tuple[Batch, Tensor, dict[str, Tensor]]] = []
+def judge(
+    run: Run, engine: DeepSpeedEngine, frozen: dict[str, Tensor], held_out: list[Batch], progress: Progress
+) -> Progress:
+    """Validate; in the last stage keep the model in OUT/best if it is the best so far and that is asked for."""
+    result = validate(engine, held_out)
+    run.log.validation(**progress.position(), **result)
+    progress = progress.judged(result["loss"])
+    is_last = progress.stage == len(run.config.stages) - 1
+    if run.config.validation.keep_best and is_last and progress.since_best == 0:
+        folder = Path(run.config.out) / "best"
+        weights = full_weights(engine, frozen)
+        if is_main():
+            save(plain_model(engine.module.model, weights, engine.module.stage), run.processor, folder)
+        run.log.event("best", loss=progress.best_loss, path=str(folder), **progress.position())
+    return progress
 
-    def see(self, batch: Batch, loss: Tensor, logs: dict[str, Tensor]) -> None:
-        """Remember one micro-batch."""
-        counted = {"samples": batch["samples"], "tokens": batch["tokens"], "skipped": batch["skipped"]}
-        self.seen.append((counted, loss.detach(), logs))
 
-    def report(self, engine: DeepSpeedEngine, progress: Progress, grad_norm: float, lr: float) -> Progress:
-        """The progress after this step, the same on every rank, and its line in the log; a collective call."""
-        totals: Counter[str] = Counter()
-        for _, loss, logs in self.seen:
-            totals.update({"loss": float(loss)} | {name: float(value) for name, value in logs.items()})
-        means = len(self.seen) * dist.get_world_size()
-        counts = [sum(counted[name] for counted, _, _ in self.seen) for name in ("samples", "tokens")]
-        skipped = {pair for counted, _, _ in self.seen for pair in counted["skipped"]} - self.passed_over
-        seconds = time.perf_counter() - self.started if is_main() else 0.0
-        own = [*totals.values(), *counts, len(skipped), seconds]
-        *values, samples, tokens, anything_skipped, seconds = sums(own, engine.device)
-        logged = {name: value / means for name, value in zip(totals, values, strict=True)}
-        progress = replace(
-            progress,
-            step=progress.step + 1,
-            seconds=progress.seconds + seconds,
-            samples=progress.samples + int(samples),
-            tokens=progress.tokens + int(tokens),
+def save_in_time(run: Run, engine: DeepSpeedEngine, average: Average | None, progress: Progress) -> None:
+    """Write a checkpoint when it is due. Raises RunError, with one written, where the run was told to stop."""
+    told_to_stop = run.stop.came(engine.device)
+    if progress.is_over(run.config.stages[progress.stage], run.config.validation.patience):
+        return  # what the stage leaves is written next, and the stage after it hears of the signal
+    if told_to_stop or progress.step % run.config.checkpoint.every == 0:
+        path = run.checkpoints.save_state(engine, average, progress)
+        run.log.event("checkpoint", path=str(path), **progress.position())
+    if told_to_stop:
+        run.log.event("stopped", **progress.position())
+        raise RunError(
+            f"stopped by SIGTERM after step {progress.step} of stage {progress.stage}; all of it is in {path}, and the "
+            "same command with --resume goes on from there"
         )
-        if anything_skipped:
-            self._tell_skipped_samples(joined(sorted(skipped)), progress)
-        self._check_finite(progress, logged["loss"], grad_norm)
-        self.run.log.step(
-            progress=progress.share(self.run.config.stages[progress.stage]),
-            stage=progress.stage,
-            step=progress.step,
-            **{"loss": logged.pop("loss"), "lr": lr, "grad_norm": grad_norm},
-            samples=progress.samples,
-            tokens=progress.tokens,
-            samples_per_second=samples / seconds,
-            seconds=progress.seconds,
-            **logged,
-        )
-        return progress
-
-    def _tell_skipped_samples(self, skipped: list[tuple[str, str]], progress: Progress) -> None:
-        """One event for each sample and reason, whichever rank met it, and however often."""
-        for key, reason in dict.fromkeys(skipped):
-            self.run.log.event("skipped_sample", key=key, reason=reason, **position(progress))
-        self.passed_over.update(skipped)
-
-    def _check_finite(self, progress: Progress, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        self.run.log.event("nonfinite", loss=loss, grad_norm=grad_norm, **position(progress))
-        if self.skipped_in_a_row == MOST_SKIPPED:
-            raise RunError(
-                f"loss {loss} and gradient norm {grad_norm} for {MOST_SKIPPED} steps in a row, up to step {progress.step}; "
-                "lower lr, or use precision fp32"
-            )
-
-
-def position(progress: Progress) -> dict[str, Any]:
-    """Where in the run an event happened."""
-    return {"stage": progress.stage, "step": progress.step, "seconds": progress.seconds, "samples": progress.samples}
 
 
 # The end of a stage

@@ -64,6 +64,13 @@ def sums(values: list[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def largest(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
 def joined(own: list[Any]) -> list[Any]:
     """The lists of all ranks, one after the other."""
     gathered: list[list[Any]] = [[]] * dist.get_world_size()

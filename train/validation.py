@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from deepspeed import DeepSpeedEngine, zero
+from deepspeed import DeepSpeedEngine
 
 from .batches import Batch, on_device
+from .gauges import gates
 from .ranks import merged, sums
 
 
@@ -44,8 +45,7 @@ def validate(engine: DeepSpeedEngine, batches: Sequence[Batch]) -> dict[str, Any
         result["accuracy"] = {kind: right[kind] / asked[kind] for kind in sorted(asked)}
         result["asked"] = dict(sorted(asked.items()))
     if engine.module.stage.objective == "joint":
-        with zero.GatheredParameters([p for p in objective.model.adapters.parameters() if hasattr(p, "ds_id")]):
-            result["gates"] = objective.model.gates()
+        result["gates"] = gates(objective.model)
     return result
 
 

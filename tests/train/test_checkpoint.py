@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,13 +15,14 @@ import pytest
 import torch
 
 from vlm.errors import UsageError
+from vlm.saving import read
 from vlm.settings import annotated_yaml
 from vlm.train.loop import train
 
-CLOCK = ("seconds", "samples_per_second")
+CLOCK = ("seconds", "samples_per_second", "tokens_per_second", "mfu", "memory_gib")
 STAGES = (
     {"objective": "contrastive", "steps": 3, "batch": 4, "micro_batch": 2},
-    {"objective": "joint", "steps": 4, "batch": 4, "micro_batch": 2, "lora": {"r": 2, "dropout": 0.3}},
+    {"objective": "joint", "steps": 4, "batch": 4, "micro_batch": 2, "lora": {"r": 2, "dropout": 0.3}, "ema": 0.6},
 )
 
 
@@ -76,21 +78,80 @@ def test_a_resumed_run_is_the_straight_one(run, tmp_path, dropping, zero, precis
         assert assert_the_same(run(*STAGES, **settings, into=state, resume=True), straight) == left
 
 
-def test_a_killed_run_goes_on_where_it_was(run, make_config, tmp_path, dropping):
+@pytest.fixture
+def begin(make_config, tmp_path):
+    """Starts a run in a process group of its own and gives the process, and its folder, once `enough` says so."""
+
+    def started(stage: dict, enough, **settings) -> tuple[subprocess.Popen, Path]:
+        out, file = tmp_path / "begun", tmp_path / "run.yaml"
+        file.write_text(annotated_yaml(make_config(out, stage, **settings)))
+        command = [sys.executable, "-m", "vlm.train", "--config", str(file)]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, start_new_session=True, **pipes)
+        while process.poll() is None and not enough(out):
+            time.sleep(0.01)
+        return process, out
+
+    return started
+
+
+def test_a_killed_run_goes_on_where_it_was(run, begin, dropping):
     stage = {"objective": "joint", "steps": 40}
     settings = {"model": dropping, "checkpoint": {"every": 2}, "data": {"workers": 1}}
     straight = run(stage, **settings)
-    killed = tmp_path / "killed"
-    file = tmp_path / "run.yaml"
-    file.write_text(annotated_yaml(make_config(killed, stage, **settings)))
-    process = subprocess.Popen([sys.executable, "-m", "vlm.train", "--config", str(file)], stdout=subprocess.DEVNULL)
-    latest = killed / "checkpoints" / "latest"
-    while process.poll() is None and not (latest.exists() and latest.read_text() != "stage0-step2\n"):
-        time.sleep(0.01)
+
+    def has_two_states(out: Path) -> bool:
+        latest = out / "checkpoints" / "latest"
+        return latest.exists() and latest.read_text() != "stage0-step2\n"
+
+    process, killed = begin(stage, has_two_states, **settings)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (killed / "model").exists()
-    resumed = run(stage, **settings, into="killed", resume=True)
+    resumed = run(stage, **settings, into=killed.name, resume=True)
     assert 0 < assert_the_same(resumed, straight) <= 36
+
+
+def test_a_run_that_is_told_to_stop_saves_what_it_has(run, begin, dropping, outcome):
+    """The whole process group is told, as launchers do it: data workers too, and twice."""
+    stage = {"objective": "joint", "steps": 80}
+    settings = {"model": dropping, "checkpoint": {"every": 1000}, "data": {"workers": 1}}
+
+    def has_begun(out: Path) -> bool:
+        return (out / "log.jsonl").exists() and '"step": 3,' in (out / "log.jsonl").read_text()
+
+    process, stopped = begin(stage, has_begun, **settings)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGTERM)
+    _, told = process.communicate()
+    assert process.returncode == 1 and not (stopped / "model").exists()
+    left = outcome(stopped)
+    (event,) = left.events("stopped")
+    assert event["step"] == left.steps[-1]["step"] < 80
+    state = stopped / "checkpoints" / f"stage0-step{event['step']}"
+    assert told.splitlines()[-1] == (
+        f"error: stopped by SIGTERM after step {event['step']} of stage 0; all of it is in {state}, and the same command "
+        "with --resume goes on from there"
+    )
+    resumed = run(stage, **settings, into=stopped.name, resume=True)
+    straight = run(stage, **settings)
+    assert assert_the_same(resumed, straight) == 80 - event["step"]
+
+
+def test_patience_is_resumed(run, tmp_path, pairs):
+    """A run that stopped between two validations ends at the same step, with the same best model."""
+    stage = {"objective": "joint", "steps": 30, "lr": 0.3, "schedule": "constant"}
+    settings = {
+        "data": {"val": pairs},
+        "validation": {"every": 1, "samples": 4, "patience": 4, "keep_best": True},
+        "checkpoint": {"every": 1, "keep": 99},
+    }
+    straight = run(stage, **settings)
+    (*_, best), (*_, last) = straight.events("best"), straight.events("checkpoint")
+    assert best["step"] < last["step"] < 29
+    go_on_from(straight.out, tmp_path / "copy", f"stage0-step{last['step']}")
+    assert assert_the_same(run(stage, **settings, into="copy", resume=True), straight) == 1
+    best_weights = [read(out / "best")[0].state_dict() for out in (straight.out, tmp_path / "copy")]
+    assert all(torch.equal(best_weights[0][name], value) for name, value in best_weights[1].items())
 
 
 def test_only_the_newest_states_stay(run):

@@ -97,6 +97,13 @@ def test_saved_model_and_towers_contradict(yaml_file):
     assert load_config(yaml_file(MINIMAL), ["model={path: runs/a/model}"]).model.path == "runs/a/model"
 
 
+@pytest.mark.parametrize("setting", ["keep_best: true", "patience: 3"])
+def test_nothing_to_validate_on(yaml_file, setting):
+    text = error_of(yaml_file(MINIMAL + f"validation: {{{setting}}}\n"))
+    name = setting.partition(":")[0]
+    assert f"validation.{name} is set, and there is nothing to validate on; set data.val, or remove it" in text
+
+
 def test_faults_of_yaml_itself(yaml_file):
     assert "run.yaml line 2: not valid YAML" in error_of(yaml_file("out: a\nmodel: {vision: ]\n"))
     assert "set twice, first at" in error_of(yaml_file(MINIMAL + "out: b\n"))

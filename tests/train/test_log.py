@@ -63,3 +63,15 @@ def test_tensorboard_scalars(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("stage1/loss")] == [(1, 0.5), (2, 0.25)]
+
+
+def test_nested_numbers_and_validations_are_curves_too(tmp_path):
+    with RunLog(tmp_path, main=True) as log:
+        log.step(stage=0, step=2, loss=0.5, gates={"attention": {"3": 0.25}})
+        log.validation(stage=0, step=2, samples=8, loss=0.75, accuracy={"count": 1.0}, asked={"count": 4})
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    names = ["stage0/loss", "stage0/gates/attention/3", "stage0/validation/loss", "stage0/validation/accuracy/count"]
+    assert sorted(board.Tags()["scalars"]) == sorted(names)
+    assert [board.Scalars(name)[0].value for name in names] == [0.5, 0.25, 0.75, 1.0]
+    assert lines(tmp_path)[1]["event"] == "validation" and lines(tmp_path)[1]["asked"] == {"count": 4}

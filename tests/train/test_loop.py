@@ -229,6 +229,51 @@ def test_every_objective_is_validated(run, pairs, objective):
     assert all(math.isfinite(event["loss"]) and "accuracy" not in event for event in left.events("validation"))
 
 
+# The best model
+
+WILD = {
+    "objective": "joint",
+    "steps": 30,
+    "lr": 0.3,
+    "schedule": "constant",
+}  # it only gets worse from the first steps on
+
+
+def test_the_best_model_stays(run, pairs):
+    validation = {"every": 1, "samples": 12, "keep_best": True}
+    left = run({"objective": "clm"}, WILD | {"steps": 5}, data={"val": pairs}, validation=validation)
+    told = [event for event in left.events("validation") if event["stage"] == 1]
+    best = min(told, key=lambda event: event["loss"])
+    assert best["step"] < 5, "or the test shows nothing"
+    assert {event["stage"] for event in left.events("best")} == {1}, "of the last stage alone"
+    event = left.events("best")[-1]
+    assert (event["loss"], event["step"], event["path"]) == (best["loss"], best["step"], str(left.out / "best"))
+    assert math.isclose(loss_of(left.out / "best", pairs, left, 1, 12, shuffle=False), best["loss"], rel_tol=1e-5)
+    assert not equal(weights_of(left.out / "best"), left.weights())
+    run({"objective": "clm"})
+    assert not (left.out / "best").exists(), "a fresh run forgets it"
+
+
+@pytest.mark.parametrize(("zero", "extra"), [(3, {}), (0, {"lora": {"r": 2}})])
+def test_keeping_the_best_changes_nothing(run, pairs, zero, extra):
+    stage = {"objective": "joint", "steps": 3, "lr": 0.01} | extra
+    keeping = {"data": {"val": pairs}, "validation": {"every": 1, "samples": 4, "keep_best": True}}
+    kept = run(stage, into="kept", zero=zero, **keeping)
+    plain = run(stage, into="plain", zero=zero)
+    assert len(kept.events("best")) == 3
+    assert kept.losses == plain.losses and equal(kept.weights(), plain.weights())
+    assert equal(weights_of(kept.out / "best"), plain.weights()), "the last was the best"
+
+
+def test_a_stage_ends_when_patience_is_over(run, pairs):
+    validation = {"every": 2, "samples": 12, "patience": 3}
+    left = run(WILD, {"objective": "clm", "steps": 1}, data={"val": pairs}, validation=validation)
+    losses = [event["loss"] for event in left.events("validation") if event["stage"] == 0]
+    assert losses.index(min(losses)) == len(losses) - 4
+    assert [line["step"] for line in left.steps if line["stage"] == 0][-1] == 2 * len(losses) < 30
+    assert [line["stage"] for line in left.steps][-1] == 1, "the next one follows"
+
+
 # LoRA
 
 LORA = {"objective": "joint", "steps": 3, "lr": 0.01, "lora": {"r": 2}}
