@@ -175,6 +175,7 @@ OBJECTIVE_ONLY = {
     "contrastive_weight": ("joint",),
     "questions": ("joint",),
     "mask_share": ("mlm",),
+    "pack": ("joint", "clm", "mlm"),
     "loss": ("contrastive", "joint"),
 }
 
@@ -204,6 +205,9 @@ class Stage(Section):
     )
     max_tokens: PositiveInt = Field(
         1024, description="longest row of tokens; documents beyond it wait for another visit"
+    )
+    pack: bool = Field(
+        True, description="joint, clm, mlm: short samples share rows, kept apart; the same losses with less padding"
     )
     contrastive_weight: NonNegativeFloat = Field(0.0, description="joint: weight of an added contrastive term")
     mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")

@@ -314,7 +314,7 @@ def nothing_was_trained(out) -> bool:
 
 
 def test_a_stage_whose_data_holds_nothing(run, make_shards, tmp_path):
-    text = make_shards(tmp_path / "text", {"a": {"text": "x"}, "b": {"text": "y"}})
+    text = make_shards(tmp_path / "text", {key: {"pictures": 1, "text": "said of nothing"} for key in "ab"})
     stages = ({"objective": "clm"}, {"objective": "joint"})
     words = "^stages.1: none of 2 samples of .*/text can be used by objective joint; the last: sample . has no caption"
     refused(run, words, *stages, data={"train": text})
@@ -330,7 +330,7 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(run, make_shards, pa
 
 
 def test_a_source_that_holds_nothing_however_small_its_share(run, make_shards, pairs, tmp_path):
-    text = make_shards(tmp_path / "text", {"a": {"text": "x"}})
+    text = make_shards(tmp_path / "text", {"a": {"pictures": 1, "text": "said of nothing"}})
     sources = [{"path": pairs, "weight": 1000.0}, {"path": text, "weight": 0.001}]
     refused(run, "^stages.0: none of 1 samples of .*/text can be used", {"objective": "joint"}, data={"train": sources})
     assert nothing_was_trained(tmp_path / "run")
