@@ -57,3 +57,28 @@ def bench_score_command(
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
+
+
+@bench.command("train")
+def bench_train_command(
+    against: Annotated[str, typer.Option(help="padded: samples in rows of their own")] = "padded",
+    batch: Annotated[int, typer.Option(help="samples a step")] = 32,
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Training steps: speed, and that nothing else differs.
+
+    Example: vlm bench train --against padded --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.errors import UsageError
+    from vlm.train.bench_packing import bench_packing
+
+    if against != "padded":
+        raise UsageError(f"vlm bench train knows no {against!r}; use padded")
+    rows = bench_packing(batch, rounds)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)
