@@ -190,11 +190,13 @@ def compilation(config: Config, log: RunLog) -> AbstractContextManager:
 def micro_batches(run: Run, model: VLMModel, number: int) -> MicroBatches:
     """The training micro-batches of stage `number` for this rank."""
     stage = run.config.stages[number]
-    weights = [source.weight for source in run.config.data.train]
-    order = Order([len(source) for source in run.train], weights, [run.config.seed, number])
+    listed = zip(run.train, run.config.data.train, strict=True)
+    served = [(shards, source.weight) for shards, source in listed if source.serves(stage.objective)]
+    sources, weights = [shards for shards, _ in served], [weight for _, weight in served]
+    order = Order([len(source) for source in sources], weights, [run.config.seed, number])
     size = micro_batch_size(stage, dist.get_world_size())
     return MicroBatches(
-        run.train,
+        sources,
         order,
         reader(run, model, stage, augmentation(run.config)),
         size,
