@@ -87,19 +87,19 @@ class Reader(ABC):
         texts = pair_texts(sample) or (None,)
         return self._text(sample, texts[int(rng.integers(len(texts)))], "caption or question to go with its picture")
 
-    def _text(self, sample: Sample, text: str | None, wanted: str) -> np.ndarray:
-        """Token ids of a text closed by eos, no more than there are positions for."""
+    def _text(self, sample: Sample, text: str | None, wanted: str, ends: bool = True) -> np.ndarray:
+        """Token ids of a text, closed by eos where it `ends`; no more than there are positions for."""
         if text is None:
             raise SampleError(f"sample {sample.key} has no {wanted}")
-        ids = self._closed(text)
+        ids = self._tokens(text, ends)
         if len(ids) > self.longest:
             raise SampleError(
                 f"sample {sample.key} has a text of {len(ids)} tokens, more than {self.longest}; cut it up"
             )
         return ids
 
-    def _closed(self, text: str) -> np.ndarray:
-        closed = self.processor.plain(text) + self.processor.tokenizer.eos_token
+    def _tokens(self, text: str, ends: bool) -> np.ndarray:
+        closed = self.processor.plain(text) + (self.processor.tokenizer.eos_token if ends else "")
         return np.asarray(self.processor.tokenizer.encode(closed, add_special_tokens=False), dtype=np.int64)
 
     def _learnt(self, ids: np.ndarray, is_target: np.ndarray | bool, positions: np.ndarray) -> np.ndarray:
@@ -127,7 +127,9 @@ class TextReader(Reader):
     """clm: a sample's text, or the text that goes with its picture. The documents of a block are kept apart."""
 
     def example(self, sample: Sample, rng: np.random.Generator) -> Example:
-        texts = [self._text(sample, text, "text") for text in plain_texts(sample) or (pair_text(sample),)]
+        texts = [
+            self._text(sample, text, "text", ends) for text, ends in plain_texts(sample) or [(pair_text(sample), True)]
+        ]
         lengths = [len(text) for text in texts]
         if sum(lengths) > self.stage.max_tokens:
             raise SampleError(
@@ -215,7 +217,8 @@ class JointReader(Reader):
             for messages, question in conversations(sample, self.processor.caption_prompt)
         ]
         if not every and not sample.images:
-            every = [self._plain(text) for text in plain_texts(sample) or sample.captions]
+            texts = plain_texts(sample) or [(caption, True) for caption in sample.captions]
+            every = [self._plain(text, ends) for text, ends in texts]
         if not every:
             raise SampleError(f"sample {sample.key} has no caption, question or messages")
         every = [document for document in every if document.is_target.any()]
@@ -240,8 +243,8 @@ class JointReader(Reader):
             raise SampleError(f"sample {sample.key}: {faults[0]}")
         return chosen
 
-    def _plain(self, text: str) -> Document:
-        ids = self._closed(text)
+    def _plain(self, text: str, ends: bool) -> Document:
+        ids = self._tokens(text, ends)
         return Document(ids, np.ones(len(ids), dtype=bool), None)
 
     def _encode(self, messages: list[dict], question: Question | None) -> Document:

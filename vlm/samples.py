@@ -112,8 +112,9 @@ def pair_text(sample: Sample) -> str | None:
     return next(iter(pair_texts(sample)), None)
 
 
-def plain_texts(sample: Sample) -> tuple[str, ...]:
-    """The plain text of a sample: one, or each document of a block that `vlm data text` has packed; none without `text`.
+def plain_texts(sample: Sample) -> tuple[tuple[str, bool], ...]:
+    """The plain text of a sample and whether it ends there: one, or each document of a block that `vlm data text` has
+    packed, of which a long one goes on in the next block; none without `text`.
 
     Raises SampleError for a document that lies outside the text.
     """
@@ -121,8 +122,10 @@ def plain_texts(sample: Sample) -> tuple[str, ...]:
         return ()
     documents = sample.extra.get("documents")
     listed = documents if isinstance(documents, list) else []
-    places = [document["characters"] for document in listed if isinstance(document, dict) and "characters" in document]
-    return tuple(_cut_out(sample.key, sample.text, place) for place in places) or (sample.text,)
+    parts = [document for document in listed if isinstance(document, dict) and "characters" in document]
+    cut = (_cut_out(sample.key, sample.text, part["characters"]) for part in parts)
+    ends = (part.get("ends") is not False for part in parts)
+    return tuple(zip(cut, ends, strict=True)) or ((sample.text, True),)
 
 
 def _cut_out(key: str, text: str, place: Any) -> str:

@@ -222,7 +222,8 @@ def test_blocks_of_text_are_kept_apart_by_document(objective_of, make_tokenizer,
     shards = Shards.open(tmp_path / "text")
     blocks = [shards[number] for number in range(len(shards))]
     assert len(blocks) < len(lines)
-    told = [text for block in blocks for text in plain_texts(block)]
+    assert all(ends for block in blocks for _, ends in plain_texts(block))
+    told = [text for block in blocks for text, _ in plain_texts(block)]
     assert told == [line.rstrip() for line in lines]
     objective, packs, pads = objective_of("clm")
     whole = packs.collate(read(packs, blocks))
@@ -244,4 +245,17 @@ def test_blocks_that_cannot_be_are_refused(objective_of, samples):
         ):
             read(packs, [broken])
     other = Sample("a", text="words", extra={"documents": ["of", {"another": "kind"}]})
-    assert plain_texts(other) == ("words",)
+    assert plain_texts(other) == (("words", True),)
+
+
+def test_a_long_text_ends_where_it_ends(objective_of, make_tokenizer, tmp_path):
+    """Not at the end of every block: a model that learnt so would stop in the middle of a sentence."""
+    (tmp_path / "long.txt").write_text("There is more of this to come. " * 12)
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    chunk([tmp_path / "long.txt"], tmp_path / "text", Cutting(str(tmp_path / "tokenizer"), 80, 0))
+    shards = Shards.open(tmp_path / "text")
+    _, packs, _ = objective_of("clm", max_tokens=81)
+    examples = read(packs, [shards[number] for number in range(len(shards))])
+    assert len(examples) > 3
+    eos = packs.processor.tokenizer.eos_token_id
+    assert [eos in example.ids for example in examples] == [False] * (len(examples) - 1) + [True]
