@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 import vlm
+from vlm.cli import run
 from vlm.data_tools.text import Cutting, chunk
 from vlm.errors import UsageError
 from vlm.losses import IGNORED
 from vlm.samples import Question, Sample, plain_texts
 from vlm.shards import Shards
 from vlm.train.batches import READERS
+from vlm.train.bench_packing import bench_packing
 from vlm.train.config import Stage
 from vlm.train.objectives import OBJECTIVES
 from vlm.train.packing import layout, tiles
@@ -262,3 +264,20 @@ def test_a_long_text_ends_where_it_ends(objective_of, make_tokenizer, tmp_path):
     assert len(examples) > 3
     eos = packs.processor.tokenizer.eos_token_id
     assert [eos in example.ids for example in examples] == [False] * (len(examples) - 1) + [True]
+
+
+# The benchmark
+
+
+def test_the_benchmark_measures_both_sides_and_their_losses():
+    rows = bench_packing(batch=2, rounds=1, depth=2, width=64)
+    speeds = [row for row in rows if row.unit == "token/s"]
+    assert len(speeds) == 4 and all(row.ours > 0 and row.peer > 0 for row in speeds)
+    assert "area 1.00 × smaller" in speeds[-1].conditions, "texts of one length share no row"
+    losses = [row for row in rows if row.unit == "relative"]
+    assert len(losses) == 2 and all(row.ours <= 1e-4 for row in losses)
+
+
+def test_the_benchmark_names_what_it_knows(capsys):
+    assert run(["bench", "train", "--against", "nobody"]) == 2
+    assert "vlm bench train knows no 'nobody'; use padded" in capsys.readouterr().err
