@@ -11,7 +11,7 @@ import os
 from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,12 @@ class Cutting:
 
 @dataclass(frozen=True)
 class Placed:
-    """A part and where it comes from: the document's name and the byte of it that the part begins at."""
+    """A part and where it comes from: the document's name, the byte of it that the part begins at, and whether it ends it."""
 
     name: str
     start: int
     part: Part
+    ends: bool = False
 
 
 def chunk(files: Sequence[str | Path], out: str | Path, cutting: Cutting, engine: Engine | None = None) -> Counter[str]:
@@ -123,7 +124,8 @@ def blocks(number: int, piece: Piece, cutting: Cutting, counts: Counter[str]) ->
 
     A block is `{"text": …, "documents": […]}`. Each document in it says its `name`, the `characters` [from, to) of the
     text that are its own, the byte `start` of the document that these begin at, the `overlap` in characters with the
-    block before, and the white space `before` (with a byte order mark) and `after` it in the source. Documents that fit
+    block before, the white space `before` (with a byte order mark) and `after` it in the source, and whether the document
+    `ends` there. Documents that fit
     are packed into one block, in order; one that is longer has blocks of its own up to its rest. A JSON line's document
     is named `FILE@BYTE` by where the line begins, a text file's `FILE`. Added to `counts`: blocks, documents, tokens, and
     blank, the documents of white space alone, which have no block. Raises UsageError naming file and byte or line for
@@ -226,6 +228,7 @@ def _line_place(path: str, nominal: int) -> int:
 
 def _parts(span: Span, cut: Cutter, counts: Counter[str]) -> Iterator[tuple[Placed, bool]]:
     """Every part of a span's documents, and whether it is the last that the span has of its document."""
+    whole = span.path.endswith(LINES)
     for name, base, text, context in _documents(span, cut.overlap):
         counts["documents"] += context == 0
         placed: Placed | None = None
@@ -239,7 +242,7 @@ def _parts(span: Span, cut: Cutter, counts: Counter[str]) -> Iterator[tuple[Plac
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from None
         if placed is not None:
-            yield placed, True
+            yield replace(placed, ends=whole or span.last == os.stat(span.path).st_size), True
         else:
             counts["blank"] += 1
 
@@ -352,7 +355,13 @@ def _block(placed: Sequence[Placed]) -> dict[str, Any]:
     documents, first = [], 0
     for one in placed:
         part, last = one.part, first + len(one.part.text)
-        kept = {"start": one.start, "overlap": part.overlap, "before": part.before, "after": part.after}
+        kept = {
+            "start": one.start,
+            "overlap": part.overlap,
+            "before": part.before,
+            "after": part.after,
+            "ends": one.ends,
+        }
         documents.append({"name": one.name, "characters": [first, last], **kept})
         first = last + len(SEPARATOR)
     return {"text": SEPARATOR.join(one.part.text for one in placed), "documents": documents}

@@ -3,7 +3,8 @@
 Knows samples, the processor and the layout of each objective's batch. Knows nothing of models, losses or optimizers.
 A micro-batch is a function of the seed, the stage and its number alone: see `order.py`.
 
-Shapes: B rows, L tokens padded to a multiple of 16, n pictures, M picture slots a row, p pairs, H × W pixels.
+Shapes: B rows, L tokens padded to a multiple of 16, n pictures, M picture slots a row, p pairs, H × W pixels. A row holds
+one sample, or several where short samples are packed: see `packing.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,39 +24,18 @@ from vlm.augmentation import Augmentation
 from vlm.errors import RunError, UsageError
 from vlm.images import open_image
 from vlm.losses import IGNORED, mask_tokens
-from vlm.processing import VLMProcessor, slots_of
-from vlm.samples import Question, Sample, SampleError, conversations, pair_text, pair_texts, said
+from vlm.processing import VLMProcessor
+from vlm.samples import Question, Sample, SampleError, conversations, pair_text, pair_texts, plain_texts, said
 from vlm.shards import Shards
 
 from .config import Stage
 from .order import Order
+from .packing import ENDLESS, Example, Row, laid, layout, padded, slots
 
 Batch = dict[str, Any]
 
-# Rows are padded to whole tiles of a matrix product, and shapes repeat.
-TILE = 16
 # After so many samples in a row that hold nothing for the stage, it is the data and not the sample.
 PATIENCE = 1000
-ENDLESS = 2**62
-
-
-def _no_tokens() -> np.ndarray:
-    return np.empty(0, dtype=np.int64)
-
-
-@dataclass
-class Example:
-    """One row: token ids and labels (L,), and whatever else its objective needs."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    pixels: Tensor | None = None
-    positions: np.ndarray = field(default_factory=_no_tokens)
-    documents: np.ndarray = field(default_factory=_no_tokens)
-    token_image: np.ndarray = field(default_factory=_no_tokens)
-    types: list[str | None] = field(default_factory=list)
-    pair: list[int] | None = None
-    faults: list[str] = field(default_factory=list)
 
 
 class Reader(ABC):
@@ -89,6 +69,12 @@ class Reader(ABC):
             "attention_mask": padded([np.ones_like(one.ids) for one in examples], 0, self.longest),
         }
 
+    def _rows(self, examples: Sequence[Example]) -> list[Row]:
+        """The examples side by side in few rows, or each in its own where the stage does not pack."""
+        alone = [[number] for number in range(len(examples))]
+        lengths = [len(example.ids) for example in examples]
+        return laid(examples, layout(lengths, self.stage.max_tokens) if self.stage.pack else alone)
+
     def _pixels(self, sample: Sample, images: Sequence[bytes], rng: np.random.Generator) -> Tensor:
         """Pictures of a sample (n, 3, H, W), changed in what nothing is said about."""
         if self.augmentation is None:
@@ -101,17 +87,25 @@ class Reader(ABC):
         texts = pair_texts(sample) or (None,)
         return self._text(sample, texts[int(rng.integers(len(texts)))], "caption or question to go with its picture")
 
-    def _text(self, sample: Sample, text: str | None, wanted: str) -> np.ndarray:
-        """Token ids of a text closed by eos."""
+    def _text(self, sample: Sample, text: str | None, wanted: str, ends: bool = True) -> np.ndarray:
+        """Token ids of a text, closed by eos where it `ends`; no more than there are positions for."""
         if text is None:
             raise SampleError(f"sample {sample.key} has no {wanted}")
-        closed = self.processor.plain(text) + self.processor.tokenizer.eos_token
-        ids = np.asarray(self.processor.tokenizer.encode(closed, add_special_tokens=False), dtype=np.int64)
+        ids = self._tokens(text, ends)
         if len(ids) > self.longest:
             raise SampleError(
                 f"sample {sample.key} has a text of {len(ids)} tokens, more than {self.longest}; cut it up"
             )
         return ids
+
+    def _tokens(self, text: str, ends: bool) -> np.ndarray:
+        closed = self.processor.plain(text) + (self.processor.tokenizer.eos_token if ends else "")
+        return np.asarray(self.processor.tokenizer.encode(closed, add_special_tokens=False), dtype=np.int64)
+
+    def _learnt(self, ids: np.ndarray, is_target: np.ndarray | bool, positions: np.ndarray) -> np.ndarray:
+        """Labels (L,): what is to be learnt. Where each token is predicted from the one before, none is asked for that
+        begins a document: before it stands nothing, or in a packed row another document."""
+        return np.where(is_target & ((positions > 0) | (not self.predicts_next)), ids, IGNORED)
 
 
 class PairReader(Reader):
@@ -130,14 +124,33 @@ class PairReader(Reader):
 
 
 class TextReader(Reader):
-    """clm: a sample's text, or the text that goes with its picture."""
+    """clm: a sample's text, or the text that goes with its picture. The documents of a block are kept apart."""
 
     def example(self, sample: Sample, rng: np.random.Generator) -> Example:
-        ids = self._text(sample, sample.text or pair_text(sample), "text")
-        return Example(ids, ids)
+        texts = [
+            self._text(sample, text, "text", ends) for text, ends in plain_texts(sample) or [(pair_text(sample), True)]
+        ]
+        lengths = [len(text) for text in texts]
+        if sum(lengths) > self.stage.max_tokens:
+            raise SampleError(
+                f"sample {sample.key} has {len(texts)} documents of {sum(lengths)} tokens together, more than "
+                f"{self.stage.max_tokens}; raise max_tokens"
+            )
+        ids, positions = np.concatenate(texts), _positions(lengths)
+        labels = self._learnt(ids, True, positions)
+        return Example(ids, labels, positions=positions, documents=_numbers(lengths), token_image=np.full_like(ids, -1))
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        return super().collate(examples) | {"labels": padded([one.labels for one in examples], IGNORED, self.longest)}
+        """Rows of one document each go the language model's own way, which knows padding alone."""
+        rows = self._rows(examples)
+        lone = all(row.documents[-1] == 1 for row in rows)
+        most = self.longest if lone else ENDLESS
+        batch = {
+            "input_ids": padded([row.ids for row in rows], self.processor.tokenizer.pad_token_id, most),
+            "labels": padded([row.labels for row in rows], IGNORED, most),
+            "attention_mask": padded([np.ones_like(row.ids) for row in rows], 0, most),
+        }
+        return batch if lone else batch | _apart(rows)
 
 
 class MaskedReader(TextReader):
@@ -150,20 +163,19 @@ class MaskedReader(TextReader):
         self._ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
 
     def example(self, sample: Sample, rng: np.random.Generator) -> Example:
-        ids = torch.from_numpy(super().example(sample, rng).ids)
-        maskable = ~torch.isin(ids, self._special)
-        # Nothing stands before the first token that it could be predicted from.
-        maskable[0] &= not self.predicts_next
+        example = super().example(sample, rng)
+        ids = torch.from_numpy(example.ids)
+        maskable = ~torch.isin(ids, self._special) & torch.from_numpy(example.labels != IGNORED)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         hidden, labels = mask_tokens(
             ids, maskable, self.stage.mask_share, self.processor.mask_token_id, self._ordinary, generator
         )
-        return Example(hidden.numpy(), labels.numpy())
+        return replace(example, ids=hidden.numpy(), labels=labels.numpy())
 
 
 @dataclass(frozen=True)
 class Document:
-    """One conversation as tokens: ids (l,), which of them are answers, and the question it asks."""
+    """One conversation or plain text as tokens: ids (l,), which of them are to be learnt, and the question it asks."""
 
     ids: np.ndarray
     is_target: np.ndarray
@@ -171,7 +183,7 @@ class Document:
 
 
 class JointReader(Reader):
-    """joint: all conversations of a sample packed into one row as isolated documents that share its pictures."""
+    """joint: all conversations of a sample as isolated documents of one row that share its pictures, or its plain text."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -183,14 +195,15 @@ class JointReader(Reader):
         lengths = [len(document.ids) for document in documents]
         ids = np.concatenate([document.ids for document in documents])
         is_target = np.concatenate([document.is_target for document in documents])
+        positions = _positions(lengths)
         places = [np.cumsum(document.ids == self.processor.image_token_id) - 1 for document in documents]
         pairs = self.stage.contrastive_weight > 0 and sample.images and pair_texts(sample)
         return Example(
             ids=ids,
-            labels=np.where(is_target, ids, IGNORED),
+            labels=self._learnt(ids, is_target, positions),
             pixels=self._pixels(sample, sample.images, rng) if sample.images else None,
-            positions=np.concatenate([np.arange(length) for length in lengths]),
-            documents=np.repeat(np.arange(1, len(documents) + 1), lengths),
+            positions=positions,
+            documents=_numbers(lengths),
             token_image=np.concatenate(places),
             types=[document.question.type or "untyped" if document.question else None for document in documents],
             pair=self._pair_text(sample, rng).tolist() if pairs else None,
@@ -203,6 +216,9 @@ class JointReader(Reader):
             self._encode(messages, question)
             for messages, question in conversations(sample, self.processor.caption_prompt)
         ]
+        if not every and not sample.images:
+            texts = plain_texts(sample) or [(caption, True) for caption in sample.captions]
+            every = [self._plain(text, ends) for text, ends in texts]
         if not every:
             raise SampleError(f"sample {sample.key} has no caption, question or messages")
         every = [document for document in every if document.is_target.any()]
@@ -227,6 +243,10 @@ class JointReader(Reader):
             raise SampleError(f"sample {sample.key}: {faults[0]}")
         return chosen
 
+    def _plain(self, text: str, ends: bool) -> Document:
+        ids = self._tokens(text, ends)
+        return Document(ids, np.ones(len(ids), dtype=bool), None)
+
     def _encode(self, messages: list[dict], question: Question | None) -> Document:
         """Questions and answers recur, over pictures and over epochs, and rendering a conversation takes its time."""
         key = repr(messages)
@@ -239,25 +259,23 @@ class JointReader(Reader):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         pixels = [example.pixels for example in examples if example.pixels is not None]
-        counts = [0 if example.pixels is None else len(example.pixels) for example in examples]
         if not pixels:
             # Every rank runs the same modules whatever its data: a picture that nobody looks at.
             pixels = [torch.zeros(1, *self.processor.image_processor.input_size)]
+        rows = self._rows(examples)
         batch = {
-            "input_ids": padded([example.ids for example in examples], self.processor.tokenizer.pad_token_id),
-            "labels": padded([example.labels for example in examples], IGNORED),
-            "position_ids": padded([example.positions for example in examples], 0),
-            "document_ids": padded([example.documents for example in examples], 0),
-            "token_image": padded([example.token_image for example in examples], -1),
+            "input_ids": padded([row.ids for row in rows], self.processor.tokenizer.pad_token_id),
+            "labels": padded([row.labels for row in rows], IGNORED),
+            "token_image": padded([row.token_image for row in rows], -1),
             "pixel_values": torch.cat(pixels),
-            "image_slots": slots_of(counts),
-            "question_types": [example.types for example in examples],
+            "image_slots": slots(rows),
+            "question_types": [row.types for row in rows],
         }
-        return batch | (self._pairs(examples, counts) if self.stage.contrastive_weight else {})
+        return batch | _apart(rows) | (self._pairs(examples) if self.stage.contrastive_weight else {})
 
-    def _pairs(self, examples: Sequence[Example], counts: list[int]) -> Batch:
+    def _pairs(self, examples: Sequence[Example]) -> Batch:
         """The texts (p, L) of those samples that have one, and the flat number of each one's picture (p,)."""
-        first = np.cumsum([0, *counts])
+        first = np.cumsum([0, *(example.pictures for example in examples)])
         rows = [row for row, example in enumerate(examples) if example.pair is not None]
         # Without any, one text that belongs to no picture: see the zero picture above.
         texts = [np.asarray(examples[row].pair) for row in rows] or [
@@ -268,6 +286,24 @@ class JointReader(Reader):
             "pair_attention_mask": padded([np.ones_like(text) for text in texts], 0, self.longest),
             "pair_images": torch.as_tensor(first[rows], dtype=torch.long),
         }
+
+
+def _positions(lengths: Sequence[int]) -> np.ndarray:
+    """Of every token within its document."""
+    return np.concatenate([np.arange(length) for length in lengths])
+
+
+def _numbers(lengths: Sequence[int]) -> np.ndarray:
+    """Of every token's document, from 1."""
+    return np.repeat(np.arange(1, len(lengths) + 1), lengths)
+
+
+def _apart(rows: Sequence[Row]) -> Batch:
+    """What keeps the documents of a row apart; 0 in the padding."""
+    return {
+        "position_ids": padded([row.positions for row in rows], 0),
+        "document_ids": padded([row.documents for row in rows], 0),
+    }
 
 
 READERS: dict[str, type[Reader]] = {
@@ -342,15 +378,6 @@ def stream(batches: MicroBatches, first: int, workers: int) -> Generator[Batch]:
         if isinstance(batch, Exception):
             raise batch
         yield batch
-
-
-def padded(rows: Sequence[np.ndarray], value: int, most: int = ENDLESS) -> Tensor:
-    """Rows of numbers, right-padded with `value` to a multiple of 16, or to `most` if that is less -> (B, L) long."""
-    longest = max((len(row) for row in rows), default=0)
-    tensor = torch.full((len(rows), min(most, max(TILE, -(-longest // TILE) * TILE))), value)
-    for row, numbers in enumerate(rows):
-        tensor[row, : len(numbers)] = torch.from_numpy(numbers)
-    return tensor
 
 
 def _unchanged(batch: Any) -> Any:

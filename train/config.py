@@ -120,11 +120,21 @@ class Model(Section):
         return self
 
 
+ObjectiveName = Literal["contrastive", "joint", "clm", "mlm"]
+
+
 class Source(Section):
     """One set of shards among several."""
 
     path: str = Field(description="folder with index.json, a .tar, or {00000..00012}.tar")
     weight: PositiveFloat = Field(1.0, description="how often it is drawn from, relative to the others")
+    objectives: list[ObjectiveName] | None = Field(
+        None, min_length=1, description="objectives that draw from it, such as [joint] for text alone; null: all"
+    )
+
+    def serves(self, objective: str) -> bool:
+        """Whether stages of this objective draw from it."""
+        return self.objectives is None or objective in self.objectives
 
 
 class Augment(Section):
@@ -175,6 +185,7 @@ OBJECTIVE_ONLY = {
     "contrastive_weight": ("joint",),
     "questions": ("joint",),
     "mask_share": ("mlm",),
+    "pack": ("joint", "clm", "mlm"),
     "loss": ("contrastive", "joint"),
 }
 
@@ -182,7 +193,7 @@ OBJECTIVE_ONLY = {
 class Stage(Section):
     """One stage of training; it starts from what the one before left."""
 
-    objective: Literal["contrastive", "joint", "clm", "mlm"] = Field(
+    objective: ObjectiveName = Field(
         description="contrastive: pictures against texts; joint: captions and answers; clm, mlm: text only"
     )
     steps: PositiveInt | None = Field(None, description="optimizer steps; this or minutes")
@@ -209,6 +220,9 @@ class Stage(Section):
     )
     max_tokens: PositiveInt = Field(
         1024, description="longest row of tokens; documents beyond it wait for another visit"
+    )
+    pack: bool = Field(
+        True, description="joint, clm, mlm: short samples share rows, kept apart; the same losses with less padding"
     )
     contrastive_weight: NonNegativeFloat = Field(0.0, description="joint: weight of an added contrastive term")
     mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")
@@ -295,6 +309,16 @@ class Config(Section):
             raise ValueError(
                 f"validation.{name} is set, and there is nothing to validate on; set data.val, or remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _every_stage_has_a_source(self) -> Config:
+        for number, stage in enumerate(self.stages):
+            if not any(source.serves(stage.objective) for source in self.data.train):
+                raise ValueError(
+                    f"none of the {len(self.data.train)} sources of data.train serves objective {stage.objective} of "
+                    f"stages.{number}; add it to the objectives of one"
+                )
         return self
 
     @model_validator(mode="after")

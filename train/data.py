@@ -40,11 +40,13 @@ class RunData:
     def micro_batches(self, model: VLMModel, processor: VLMProcessor, number: int) -> MicroBatches:
         """The training micro-batches of stage `number` for this rank."""
         stage = self.config.stages[number]
-        weights = [source.weight for source in self.config.data.train]
-        order = Order([len(source) for source in self.train], weights, [self.config.seed, number])
+        listed = zip(self.train, self.config.data.train, strict=True)
+        served = [(shards, source.weight) for shards, source in listed if source.serves(stage.objective)]
+        sources, weights = [shards for shards, _ in served], [weight for _, weight in served]
+        order = Order([len(source) for source in sources], weights, [self.config.seed, number])
         size = micro_batch_size(stage, dist.get_world_size())
         made_by = _reader(model, processor, stage, _augmentation(self.config))
-        return MicroBatches(self.train, order, made_by, size, dist.get_rank(), dist.get_world_size())
+        return MicroBatches(sources, order, made_by, size, dist.get_rank(), dist.get_world_size())
 
     def validation_batches(self, model: VLMModel, processor: VLMProcessor, number: int) -> Iterator[Batch]:
         """This rank's part of the first `validation.samples` held-out samples, in whole micro-batches, with all questions."""

@@ -115,6 +115,8 @@ class Clm(Objective):
         logits = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
+            position_ids=batch.get("position_ids"),
+            document_ids=batch.get("document_ids"),
             bidirectional=self.bidirectional,
         ).logits
         predictions, labels = labelled(logits, batch["labels"], self._shift)

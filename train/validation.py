@@ -22,7 +22,8 @@ def validate(engine: DeepSpeedEngine, batches: Sequence[Batch]) -> dict[str, Any
     """Loss and logged numbers over `batches` of every rank, as one large step would give them; a collective call.
 
     joint: also `accuracy`, for each type of question the share whose answer tokens are all predicted right, each from the
-    true ones before it, over `asked` questions; and `gates`, tanh of attention and feed-forward gate of each adapter.
+    true ones before it, over `asked` questions; and `gates`, tanh of attention and feed-forward gate of each adapter. clm
+    and mlm: also `perplexity`, e to the mean loss of a predicted token.
     """
     objective, device = engine.module, engine.device
     targets, ranks = sums([sum(objective.targets(batch) for batch in batches), 1.0], device)
@@ -40,6 +41,8 @@ def validate(engine: DeepSpeedEngine, batches: Sequence[Batch]) -> dict[str, Any
     engine.train()
     means = sums([total / (len(batches) * ranks) for total in totals.values()], device)
     result: dict[str, Any] = dict(zip(totals, means, strict=True))
+    if objective.stage.objective in ("clm", "mlm"):
+        result["perplexity"] = float(torch.tensor(result["loss"]).exp())
     right, asked = merged(right), merged(asked)
     if asked:
         result["accuracy"] = {kind: right[kind] / asked[kind] for kind in sorted(asked)}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vlm.benchmark import Row, table, write_rows
 from vlm.cli_data import QUIET
+
+Rounds = Annotated[int, typer.Option(help="how often each is measured, in turns")]
+Out = Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")]
 
 bench = typer.Typer(help="Speeds beside those of peers, in one run, as ratios.", no_args_is_help=True, **QUIET)
 
@@ -20,61 +25,70 @@ def bench_data_command(
     model: Annotated[str | None, typer.Option(help="swapped: the model that judges pairs")] = None,
     data: Annotated[str | None, typer.Option(help="swapped: shards with captions")] = None,
     samples: Annotated[int, typer.Option(help="pictures to convert")] = 5000,
-    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
-    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+    rounds: Rounds = 3,
+    out: Out = None,
 ) -> None:
     """Converting, reading, cleaning: speed, memory and what is found.
 
     Example: vlm bench data --against webdataset --out bench.json
     """
-    import rich
-
-    from vlm.benchmark import table, write_rows
     from vlm.data_tools.bench import bench_data
 
-    rows = bench_data(against, samples=samples, rounds=rounds, model=model, data=data)
-    rich.print(table(rows))
-    if out is not None:
-        write_rows(rows, out)
+    _tell(bench_data(against, samples=samples, rounds=rounds, model=model, data=data), out)
 
 
 @bench.command("score")
 def bench_score_command(
     questions: Annotated[int, typer.Option(help="VQA questions, of ten answers each")] = 200_000,
     pictures: Annotated[int, typer.Option(help="captions, beside five references each")] = 40_000,
-    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+    out: Out = None,
 ) -> None:
     """Scoring of predictions: seconds.
 
     Example: vlm bench score --out bench.json
     """
-    import rich
-
-    from vlm.benchmark import table, write_rows
     from vlm.eval.bench import bench_score
 
-    rows = bench_score(questions, pictures)
-    rich.print(table(rows))
-    if out is not None:
-        write_rows(rows, out)
+    _tell(bench_score(questions, pictures), out)
 
 
 @bench.command("decode")
 def bench_decode_command(
     against: Annotated[str | None, typer.Option(help="hf-idefics, hf-generate or bandwidth (default: all)")] = None,
-    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
-    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+    rounds: Rounds = 3,
+    out: Out = None,
 ) -> None:
     """Decoding: tokens a second.
 
     Example: vlm bench decode --against hf-idefics --out bench.json
     """
-    import rich
-
-    from vlm.benchmark import table, write_rows
     from vlm.generation.bench import bench_decode
 
-    rows = bench_decode(against, rounds)
+    _tell(bench_decode(against, rounds), out)
+
+
+@bench.command("train")
+def bench_train_command(
+    against: Annotated[str, typer.Option(help="padded: samples in rows of their own")] = "padded",
+    batch: Annotated[int, typer.Option(help="padded: samples a step")] = 32,
+    rounds: Rounds = 3,
+    out: Out = None,
+) -> None:
+    """Training steps: speed beside peers, and memory.
+
+    Example: vlm bench train --against padded --out bench.json
+    """
+    from vlm.errors import UsageError
+    from vlm.train.bench_packing import bench_packing
+
+    if against != "padded":
+        raise UsageError(f"vlm bench train knows no {against!r}; use padded")
+    _tell(bench_packing(batch, rounds), out)
+
+
+def _tell(rows: Sequence[Row], out: Path | None) -> None:
+    import rich
+
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)

@@ -177,16 +177,17 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             if token_image is None:
                 token_image = self.token_image(input_ids)
             kwargs["visual"] = self._visual(image_keys_values, token_image)
+        mask: Tensor | dict[str, Tensor] | None = attention_mask
         if document_ids is not None or bidirectional:
             if document_ids is None:
                 document_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            attention_mask = self._attention_mask(document_ids, bidirectional)
+            mask = self._attention_mask(document_ids, bidirectional)
             position_ids = document_positions(document_ids) if position_ids is None else position_ids
         if position_ids is not None:
             kwargs["position_ids"] = position_ids + self._first_position
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
-        output = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output = self.language_model(input_ids=input_ids, attention_mask=mask, **kwargs)
         if labels is not None:
             output.loss = self._loss(output.logits, labels, bidirectional)
         return output
@@ -215,14 +216,30 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             return embeddings.padding_idx + 1
         return 0
 
-    def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor:
-        """(B, 1, L, L): a token attends within its document, to the past only unless bidirectional, and always to itself."""
+    def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor | dict[str, Tensor]:
+        """(B, 1, L, L): a token attends within its document, to the past only unless bidirectional, and always to itself.
+
+        A family with sliding windows keeps them; where only some layers have one, there is a mask for each kind of layer.
+        """
         length = document_ids.shape[1]
-        allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids[:, None, :] > 0)
         steps = torch.arange(length, device=document_ids.device)
-        if not bidirectional and self.config.reading == "causal":
-            allowed = allowed & (steps[:, None] >= steps[None, :])
-        allowed = (allowed | (steps[:, None] == steps[None, :]))[:, None]
+        back = steps[:, None] - steps[None, :]  # (L, L): how far before a token another one stands
+        allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids[:, None, :] > 0)
+        causal = self.config.reading == "causal"
+        if causal and not bidirectional:
+            allowed = allowed & (back >= 0)
+        allowed = allowed | (back == 0)
+        text = self.language_model.config.get_text_config()
+        kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+        # A decoder's window says how far back it looks; one that reads both ways is given its whole document.
+        if not window or length <= window or (causal and bidirectional) or (kinds and "sliding_attention" not in kinds):
+            return self._as_mask(allowed)
+        within = self._as_mask(allowed & (back < window if causal else back.abs() <= window))
+        return {"full_attention": self._as_mask(allowed), "sliding_attention": within} if kinds else within
+
+    def _as_mask(self, allowed: Tensor) -> Tensor:
+        """(B, L, L), True where a token may attend -> (B, 1, L, L), as the language model's attention takes it."""
+        allowed = allowed[:, None]
         if self.language_model.config._attn_implementation == "sdpa":
             return allowed
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
@@ -299,7 +316,9 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     def set_attn_implementation(self, attn_implementation: str, **kwargs: Any) -> None:
         """As in Hugging Face models, for every part: "sdpa", "eager" (see `vlm.adapters.CrossAttention.fused`), …"""
         self.language_model.set_attn_implementation(attn_implementation, **kwargs)
-        self.config._attn_implementation = attn_implementation
+        # The public setter would also write it into a family that has just declined (XGLM), which would then be given masks
+        # of the wrong kind and read the future.
+        self.config._attn_implementation_internal = attn_implementation
         self._set_fused_attention(attn_implementation != "eager")
 
     def _set_fused_attention(self, fused: bool) -> None:

@@ -112,6 +112,30 @@ def pair_text(sample: Sample) -> str | None:
     return next(iter(pair_texts(sample)), None)
 
 
+def plain_texts(sample: Sample) -> tuple[tuple[str, bool], ...]:
+    """The plain text of a sample and whether it ends there: one, or each document of a block that `vlm data text` has
+    packed, of which a long one goes on in the next block; none without `text`.
+
+    Raises SampleError for a document that lies outside the text.
+    """
+    if sample.text is None:
+        return ()
+    documents = sample.extra.get("documents")
+    listed = documents if isinstance(documents, list) else []
+    parts = [document for document in listed if isinstance(document, dict) and "characters" in document]
+    cut = (_cut_out(sample.key, sample.text, part["characters"]) for part in parts)
+    ends = (part.get("ends") is not False for part in parts)
+    return tuple(zip(cut, ends, strict=True)) or ((sample.text, True),)
+
+
+def _cut_out(key: str, text: str, place: Any) -> str:
+    if isinstance(place, list) and len(place) == 2 and all(type(end) is int for end in place):
+        first, last = place
+        if 0 <= first < last <= len(text):
+            return text[first:last]
+    raise SampleError(f"sample {key}: characters {place} of a document, text has {len(text)}; write [first, last]")
+
+
 def said(sample: Sample) -> list[str]:
     """Every text of a sample, in order: captions, plain text, questions with all that was answered, messages."""
     asked = [text for question in sample.questions for text in (question.text, *question.answers)]

@@ -86,6 +86,19 @@ def test_a_sample_that_is_passed_over_is_told_once(run, make_shards, tmp_path):
     assert [line["samples"] for line in left.steps] == [4, 8, 12, 16], "another one takes its place"
 
 
+# Sources
+
+
+def test_a_source_of_text_serves_the_joint_stage_alone(run, pairs, make_shards, tmp_path):
+    text = make_shards(tmp_path / "text", {f"{index}": {"text": "only words, and many of them"} for index in range(6)})
+    stages = ({"objective": "contrastive"}, {"objective": "joint", "steps": 6, "batch": 8})
+    mixed = [{"path": pairs, "weight": 3}, {"path": text, "weight": 1, "objectives": ["joint"]}]
+    left = run(*stages, data={"train": mixed})
+    assert not left.events("skipped_sample") and {line["stage"] for line in left.steps} == {0, 1}
+    alone = run(*stages, into="alone", data={"train": pairs})
+    assert left.losses[:2] == alone.losses[:2] and left.losses[2:] != alone.losses[2:]
+
+
 # What is left
 
 
@@ -227,6 +240,9 @@ def test_every_objective_is_validated(run, pairs, objective):
     left = run({"objective": objective}, data={"val": pairs}, validation={"every": 1, "samples": 8})
     assert [event["step"] for event in left.events("validation")] == [1, 2]
     assert all(math.isfinite(event["loss"]) and "accuracy" not in event for event in left.events("validation"))
+    for event in left.events("validation"):
+        assert ("perplexity" in event) == (objective != "contrastive")
+        assert math.isclose(event.get("perplexity", math.exp(event["loss"])), math.exp(event["loss"]), rel_tol=1e-5)
 
 
 # The best model
@@ -359,7 +375,7 @@ def nothing_was_trained(out) -> bool:
 
 
 def test_a_stage_whose_data_holds_nothing(run, make_shards, tmp_path):
-    text = make_shards(tmp_path / "text", {"a": {"text": "x"}, "b": {"text": "y"}})
+    text = make_shards(tmp_path / "text", {key: {"pictures": 1, "text": "said of nothing"} for key in "ab"})
     stages = ({"objective": "clm"}, {"objective": "joint"})
     words = "^stages.1: none of 2 samples of .*/text can be used by objective joint; the last: sample . has no caption"
     refused(run, words, *stages, data={"train": text})
@@ -375,7 +391,7 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(run, make_shards, pa
 
 
 def test_a_source_that_holds_nothing_however_small_its_share(run, make_shards, pairs, tmp_path):
-    text = make_shards(tmp_path / "text", {"a": {"text": "x"}})
+    text = make_shards(tmp_path / "text", {"a": {"pictures": 1, "text": "said of nothing"}})
     sources = [{"path": pairs, "weight": 1000.0}, {"path": text, "weight": 0.001}]
     refused(run, "^stages.0: none of 1 samples of .*/text can be used", {"objective": "joint"}, data={"train": sources})
     assert nothing_was_trained(tmp_path / "run")

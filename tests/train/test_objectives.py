@@ -72,7 +72,7 @@ def gradients(objective, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("language", ["qwen3", "gpt2", "gemma3_text"])
 def test_packed_documents_lose_what_each_loses_alone(objective_of, samples, language):
     """The judge is the model's plain path: one document, its own pictures, no document or position ids."""
-    objective, reader = objective_of("joint", language)
+    objective, reader = objective_of("joint", language, pack=False)
     batch = batch_of(reader, samples)
     loss, logs = objective(batch, 1.0)
     total, right = torch.zeros(()), 0
@@ -116,7 +116,7 @@ def test_micro_batches_of_unequal_targets_average_to_the_whole(objective_of, sam
 
 
 def test_questions_are_right_when_all_their_tokens_are(objective_of, samples):
-    objective, reader = objective_of("joint")
+    objective, reader = objective_of("joint", pack=False)
     batch = batch_of(reader, samples[:2])
     objective.eval()
     logits = objective.model(
@@ -223,7 +223,7 @@ def test_the_scale_is_held_below_a_hundred(objective_of, samples):
 
 
 def test_clm_is_the_language_models_own_loss(objective_of, samples, causal_family):
-    objective, reader = objective_of("clm", causal_family)
+    objective, reader = objective_of("clm", causal_family, pack=False)
     batch = batch_of(reader, samples)
     own = objective.model.language_model(
         batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
@@ -246,7 +246,7 @@ def test_mlm_on_a_decoder_reads_both_ways_and_predicts_from_the_position_before(
 
 @pytest.mark.parametrize("language", ["bert", "roberta", "modernbert"])
 def test_mlm_on_an_encoder_is_the_language_models_own_loss(objective_of, samples, language):
-    objective, reader = objective_of("mlm", language, mask_share=0.5)
+    objective, reader = objective_of("mlm", language, mask_share=0.5, pack=False)
     batch = batch_of(reader, samples)
     own = objective.model.language_model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]

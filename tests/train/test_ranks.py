@@ -29,12 +29,12 @@ from vlm.train.order import Order
 ZERO = (0, 1, 2, 3)
 STAGES = (
     {"objective": "contrastive", "steps": 2},
-    {"objective": "joint", "steps": 20, "contrastive_weight": 0.3},
+    {"objective": "joint", "steps": 30, "contrastive_weight": 0.3},
 )
 JOINT = {"objective": "joint", "steps": 4, "lr": 0.01}
 # Name -> stages and settings of what two ranks train one after the other.
 RUNS = {
-    **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 18}, "watch": {"every": 2}}) for zero in ZERO},
+    **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 28}, "watch": {"every": 2}}) for zero in ZERO},
     "lora": ([JOINT | {"lora": {"r": 2}}], {"zero": 3}),
     **{f"ema {zero}": ([JOINT | {"ema": 0.6}], {"zero": zero}) for zero in (0, 2, 3)},
     "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
@@ -46,25 +46,33 @@ LIMIT = 600  # seconds until a rank that waits for another is a failure
 
 @pytest.fixture(scope="module")
 def mixed(make_shards, tmp_path_factory) -> str:
-    """Samples with and without a picture, of unequal lengths, one of them broken."""
+    """Samples with a picture, with two and without, of unequal lengths, one of them broken."""
     fields = {}
     for index in range(24):
-        picture = {"pictures": 1, "caption": f"picture {index}"} if index % 3 == 0 else {}
+        picture = {"pictures": 1 + index % 2, "caption": f"picture {index}"} if index % 3 == 0 else {}
         fields[f"{index:02d}"] = picture | {"question": "why?" * (1 + index % 4), "answer": "yes" * (1 + index % 5)}
     fields["broken"] = {"bytes": b"no picture", "caption": "x"}
     return make_shards(tmp_path_factory.mktemp("mixed") / "set", fields)
 
 
 @pytest.fixture(scope="module")
-def config_of(make_config, mixed, tmp_path_factory):
+def words(make_shards, tmp_path_factory) -> str:
+    """Text alone."""
+    fields = {f"{index}": {"text": "only words " * (1 + index % 4)} for index in range(7)}
+    return make_shards(tmp_path_factory.mktemp("words") / "set", fields)
+
+
+@pytest.fixture(scope="module")
+def config_of(make_config, mixed, words, tmp_path_factory):
     """The config of a run by its name, for so many ranks that see the same micro-batches together."""
     folder = tmp_path_factory.mktemp("ranks")
+    sources = [{"path": mixed, "weight": 3}, {"path": words, "weight": 1, "objectives": ["joint"]}]
 
     def make(name: str, ranks: int):
         stages, fields = RUNS[name]
         sizes = {"batch": 8, "micro_batch": 4 // ranks}
         out = folder / f"{name} on {ranks}"
-        return make_config(out, *[dict(stage) | sizes for stage in stages], **fields, data={"train": mixed})
+        return make_config(out, *[dict(stage) | sizes for stage in stages], **fields, data={"train": sources})
 
     return make
 
@@ -129,7 +137,7 @@ def test_some_micro_batches_leave_a_rank_without_a_picture(mixed, make_processor
 @pytest.mark.parametrize("zero", ZERO)
 def test_two_ranks_lose_what_one_loses(one, two, zero):
     alone, together = one("zero 0"), two[f"zero {zero}"]
-    steps = [(0, 1), (0, 2), *((1, number) for number in range(1, 21))]
+    steps = [(0, 1), (0, 2), *((1, number) for number in range(1, 31))]
     assert [(line["stage"], line["step"]) for line in together.steps] == steps
     assert difference(together, alone) < 1e-4
     for mine, theirs in zip(together.steps, alone.steps, strict=True):
@@ -206,13 +214,13 @@ def test_what_any_rank_passes_over_is_told(one, two):
 
 @pytest.fixture
 def stopped(two, tmp_path):
-    """A copy of a run on two ranks that can be resumed from step 18 of its second stage, and its config file."""
+    """A copy of a run on two ranks that can be resumed from step 28 of its second stage, and its config file."""
 
     def copy(name: str) -> tuple[Path, Path]:
         out = tmp_path / "stopped"
         shutil.copytree(two[name].out, out)
         shutil.rmtree(out / "model")
-        (out / "checkpoints" / "latest").write_text("stage1-step18\n")
+        (out / "checkpoints" / "latest").write_text("stage1-step28\n")
         return out, two[name].out / "config.yaml"
 
     return copy
@@ -235,7 +243,7 @@ def test_launchers_resume_two_ranks_bit_by_bit(two, stopped, outcome, start, nam
     out, file = stopped(name)
     start(file, f"out={out}")
     resumed, straight = outcome(out), two[name]
-    assert resumed.events("resumed")[0]["step"] == 18
+    assert resumed.events("resumed")[0]["step"] == 28
     assert resumed.losses[-2:] == straight.losses[-2:]
     weights = straight.weights()
     assert all(torch.equal(weights[name], value) for name, value in resumed.weights().items())
@@ -278,7 +286,7 @@ def test_ranks_that_are_told_to_stop_go_on_bit_by_bit(two, outcome, tmp_path):
 
 def test_another_number_of_processes_cannot_resume(stopped):
     out, file = stopped("zero 1")
-    with pytest.raises(UsageError, match="stage1-step18 was written by 2 processes and this run has 1; resume with 2"):
+    with pytest.raises(UsageError, match="stage1-step28 was written by 2 processes and this run has 1; resume with 2"):
         train(load_config(file, [f"out={out}"]), resume=True)
 
 

@@ -94,7 +94,7 @@ def tokens_per_second(seconds: Callable[[int, int], float], rows: int) -> float:
 
 def engine_seconds(model: VLMModel, rows: int, new_tokens: int) -> float:
     """Requests with a picture each, all there from the start."""
-    engine = Engine(model, Mute(), [], rows=rows, length=PROMPT + NEW)  # type: ignore[arg-type]
+    engine = Engine(model, Mute(), [], rows=rows, length=PROMPT + NEW)
     ids, pixels = inputs(rows)
     for words, picture in zip(ids.tolist(), pixels, strict=True):
         engine.add(Prompt(words, picture[None]), Decoding(max_new_tokens=new_tokens))
