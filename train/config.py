@@ -188,7 +188,10 @@ class Stage(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; this or minutes")
     minutes: PositiveFloat | None = Field(None, description="wall-clock budget; the schedule follows the share used")
     batch: PositiveInt = Field(64, description="samples per optimizer step, over all ranks")
-    micro_batch: PositiveInt | None = Field(None, description="samples a rank holds at once; null: its whole share")
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="samples a rank holds at once; null: its whole share. The loss is that of the whole batch either way",
+    )
     lr: PositiveFloat = Field(1e-3, description="highest learning rate")
     warmup: NonNegativeFloat = Field(0.05, le=1, description="share of the stage in which the rate climbs")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes on after that")
@@ -205,7 +208,9 @@ class Stage(Section):
     max_tokens: PositiveInt = Field(
         1024, description="longest row of tokens; documents beyond it wait for another visit"
     )
-    contrastive_weight: NonNegativeFloat = Field(0.0, description="joint: weight of an added contrastive term")
+    contrastive_weight: NonNegativeFloat = Field(
+        0.0, description="joint: weight of an added contrastive term over all pairs of the batch"
+    )
     mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")
 
     @model_validator(mode="after")

@@ -47,6 +47,7 @@ from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates
 from .order import BLOCK, Order
 from .ranks import is_main, join, joined, sums
+from .step import prepare
 from .summary import training_table
 from .validation import validate
 
@@ -132,9 +133,9 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
             set_rates(engine.optimizer, lr)
             torch.manual_seed(seed_of(config.seed, progress, dist.get_rank()))
             step_batches = list(islice(batches, micro_steps))
-            mean_targets = mean_over_step(engine, step_batches)
-            for batch in step_batches:
-                loss, logs = engine(on_device(batch, engine.device), mean_targets)
+            plans = prepare(engine, step_batches)
+            for batch, plan in zip(step_batches, plans, strict=True):
+                loss, logs = engine(on_device(batch, engine.device), plan)
                 engine.backward(loss)
                 grad_norm = take_step(engine)
                 watch.see(batch, loss, logs)
@@ -250,13 +251,6 @@ def moment(progress: Progress, stage: Stage) -> float:
 def seed_of(seed: int, progress: Progress, rank: int) -> int:
     """The seed of dropout in a step on a rank; by it a resumed run draws what the straight one would have drawn."""
     return int(np.random.SeedSequence([seed, progress.stage, progress.step, rank]).generate_state(1)[0])
-
-
-def mean_over_step(engine: DeepSpeedEngine, batches: list[Batch]) -> float:
-    """The mean number of targets over the micro-batches of a step and over ranks."""
-    own = sum(engine.module.targets(batch) for batch in batches)
-    (everything,) = sums([own], engine.device)
-    return max(1.0, everything) / (len(batches) * dist.get_world_size())
 
 
 def take_step(engine: DeepSpeedEngine) -> float:

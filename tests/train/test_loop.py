@@ -16,7 +16,7 @@ from vlm.saving import read, save
 from vlm.shards import Shards
 from vlm.train.batches import READERS, MicroBatches
 from vlm.train.config import load_config
-from vlm.train.objectives import OBJECTIVES
+from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import rate
 from vlm.train.order import Order
 
@@ -70,7 +70,7 @@ def loss_of(model, shards: str, left, stage: int, samples: int, shuffle: bool = 
     batch = MicroBatches([data], Order([len(data)], [1.0], [0, stage], shuffle), reader, samples, 0, 1)[0]
     objective = OBJECTIVES[settings.objective](loaded.eval(), settings)
     with torch.no_grad():
-        return float(objective(batch, objective.targets(batch))[0])
+        return float(objective(batch, Plan(objective.targets(batch)))[0])
 
 
 def test_a_sample_that_is_passed_over_is_told_once(run, make_shards, tmp_path):
