@@ -57,3 +57,26 @@ def bench_score_command(
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
+
+
+@bench.command("train")
+def bench_train_command(
+    against: Annotated[
+        str | None, typer.Option(help="open_clip, idefics (default: these), or gradcache, the memory of a cut batch")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Training steps: speed beside peers, and memory.
+
+    Example: vlm bench train --against open_clip --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.train.bench import bench_train
+
+    rows = bench_train(against, rounds=rounds)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)
