@@ -177,8 +177,8 @@ def bench_idefics(rounds: int, model: Mapping[str, Any] = JOINT, batch: int = 8,
 
 
 def _held(ours: Training) -> str:
-    config = ours.config
-    return f"{torch.get_num_threads()} threads, {config.precision} autocast, attention {config.attention}, AdamW"
+    attention = ours.engine.module.model.language_model.config._attn_implementation
+    return f"{torch.get_num_threads()} threads, {ours.config.precision} autocast, attention {attention}, AdamW"
 
 
 # Memory

@@ -258,8 +258,10 @@ class Config(Section):
     )
     zero: NonNegativeInt = Field(0, le=3, description="DeepSpeed ZeRO stage: what is split over the ranks")
     deepspeed: dict[str, Any] | str = Field({}, description='more of DeepSpeed, or a JSON file; "auto" is filled in')
-    attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="sdpa: fused kernels; eager: plain matrix products, faster for short rows on CPUs"
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto",
+        description="sdpa: fused kernels; eager: plain matrix products; auto: eager on CPUs, where that is faster, for rows of "
+        "up to 1024 tokens",
     )
     compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")

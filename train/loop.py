@@ -53,6 +53,8 @@ from .validation import validate
 
 # Loss scaling of fp16 finds its scale by overflowing first, some steps in a row.
 MOST_SKIPPED = 25
+# Tokens of a row for which plain attention on a CPU is worth its memory.
+SHORT = 1024
 
 
 @dataclass
@@ -155,7 +157,7 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     """The engine of a stage, and the weights it freezes as they were, where it holds them in fewer bits."""
     config, stage = run.config, run.config.stages[number]
     ds_config = deepspeed_config(config, stage, dist.get_world_size())
-    model.set_attn_implementation(config.attention)
+    model.set_attn_implementation(attention_of(config, stage))
     objective = OBJECTIVES[stage.objective](model, stage)
     if stage.lora is not None:
         with torch.random.fork_rng(devices=[]):
@@ -174,6 +176,15 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
         model.vision.compile()
         model.language_model.compile()
     return engine, frozen
+
+
+def attention_of(config: Config, stage: Stage) -> str:
+    """The name of the attention that a stage trains with: what is asked for, or what is fastest where it runs."""
+    if config.attention != "auto":
+        return config.attention
+    # Forward and backward of short rows on a CPU; see `vlm.adapters.CrossAttention`. Long ones would fill the memory.
+    short = stage.max_tokens <= SHORT and get_accelerator().device_name() == "cpu"
+    return "eager" if short else "sdpa"
 
 
 def compilation(config: Config, log: RunLog) -> AbstractContextManager:
