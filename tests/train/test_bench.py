@@ -53,7 +53,7 @@ def test_rows_beside_peers(measure, model):
 
 
 def test_memory_of_a_cut_batch(tmp_path):
-    """A process that imports torch holds more than a few tiny pictures; that both are measured is the point."""
+    """Of two real runs; that they hold much beside a few tiny pictures is the price of importing torch."""
     (row,) = bench_gradcache(PAIRS, batch=8, micro_batch=4)
     assert row.less_is_better and 100 < row.ours < 10_000 and row.peer is not None and 100 < row.peer < 10_000
 
