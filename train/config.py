@@ -199,7 +199,10 @@ class Stage(Section):
     steps: PositiveInt | None = Field(None, description="optimizer steps; this or minutes")
     minutes: PositiveFloat | None = Field(None, description="wall-clock budget; the schedule follows the share used")
     batch: PositiveInt = Field(64, description="samples per optimizer step, over all ranks")
-    micro_batch: PositiveInt | None = Field(None, description="samples a rank holds at once; null: its whole share")
+    micro_batch: PositiveInt | None = Field(
+        None,
+        description="samples a rank holds at once; null: its whole share. The loss is that of the whole batch either way",
+    )
     lr: PositiveFloat = Field(1e-3, description="highest learning rate")
     warmup: NonNegativeFloat = Field(0.05, le=1, description="share of the stage in which the rate climbs")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes on after that")
@@ -224,7 +227,9 @@ class Stage(Section):
     pack: bool = Field(
         True, description="joint, clm, mlm: short samples share rows, kept apart; the same losses with less padding"
     )
-    contrastive_weight: NonNegativeFloat = Field(0.0, description="joint: weight of an added contrastive term")
+    contrastive_weight: NonNegativeFloat = Field(
+        0.0, description="joint: weight of an added contrastive term over all pairs of the batch"
+    )
     mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")
 
     @model_validator(mode="after")
@@ -293,8 +298,10 @@ class Config(Section):
     )
     zero: NonNegativeInt = Field(0, le=3, description="DeepSpeed ZeRO stage: what is split over the ranks")
     deepspeed: dict[str, Any] | str = Field({}, description='more of DeepSpeed, or a JSON file; "auto" is filled in')
-    attention: Literal["sdpa", "eager"] = Field(
-        "sdpa", description="sdpa: fused kernels; eager: plain matrix products, faster for short rows on CPUs"
+    attention: Literal["auto", "sdpa", "eager"] = Field(
+        "auto",
+        description="sdpa: fused kernels; eager: plain matrix products; auto: eager on CPUs, where that is faster, for rows of "
+        "up to 1024 tokens",
     )
     compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")

@@ -18,6 +18,7 @@ from vlm.machine import peak_memory_gib
 from vlm.model import VLMModel
 
 from .batches import Batch, on_device
+from .objectives import Plan
 from .ranks import is_main, largest, sums
 
 GIB = 2**30
@@ -108,7 +109,7 @@ def looking_gap(engine: DeepSpeedEngine, batch: Batch) -> float | None:
 
 def _token_loss(engine: DeepSpeedEngine, batch: Batch) -> float:
     """Summed over the targets of this rank, without a contrastive term: that one tells pictures apart by itself."""
-    loss, logs = engine(on_device(batch, engine.device), 1.0)
+    loss, logs = engine(on_device(batch, engine.device), Plan(1.0))
     return float(logs.get("token_loss", loss))
 
 

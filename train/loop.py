@@ -46,10 +46,14 @@ from .log import RunLog
 from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates
 from .ranks import is_main, join, sums
+from .step import prepare
 from .stopping import StopSignal
 from .summary import training_table
 from .validation import validate
 from .watch import Tally, Watch
+
+# Tokens of a row for which plain attention on a CPU is worth its memory.
+SHORT = 1024
 
 
 @dataclass
@@ -133,10 +137,9 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
             set_rates(engine.optimizer, lr)
             torch.manual_seed(seed_of(config.seed, progress, dist.get_rank()))
             step_batches = list(islice(batches, micro_steps))
-            mean_targets = mean_over_step(engine, step_batches)
             seen: dict[str, Any] = {}
-            for batch in step_batches:
-                loss, logs = engine(on_device(batch, engine.device), mean_targets)
+            for batch, plan in zip(step_batches, prepare(engine, step_batches), strict=True):
+                loss, logs = engine(on_device(batch, engine.device), plan)
                 engine.backward(loss)
                 if is_watched(config, progress) and engine.is_gradient_accumulation_boundary():
                     seen["grad_norms"] = gradient_norms(engine)
@@ -164,7 +167,7 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     """The engine of a stage, and the weights it freezes as they were, where it holds them in fewer bits."""
     config, stage = run.config, run.config.stages[number]
     ds_config = deepspeed_config(config, stage, dist.get_world_size())
-    model.set_attn_implementation(config.attention)
+    model.set_attn_implementation(attention_of(config, stage))
     objective = OBJECTIVES[stage.objective](model, stage)
     if stage.lora is not None:
         with torch.random.fork_rng(devices=[]):
@@ -183,6 +186,15 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
         model.vision.compile()
         model.language_model.compile()
     return engine, frozen
+
+
+def attention_of(config: Config, stage: Stage) -> str:
+    """The name of the attention that a stage trains with: what is asked for, or what is fastest where it runs."""
+    if config.attention != "auto":
+        return config.attention
+    # Forward and backward of short rows on a CPU; see `vlm.adapters.CrossAttention`. Long ones would fill the memory.
+    short = stage.max_tokens <= SHORT and get_accelerator().device_name() == "cpu"
+    return "eager" if short else "sdpa"
 
 
 def compilation(config: Config, log: RunLog) -> AbstractContextManager:
@@ -205,13 +217,6 @@ def moment(progress: Progress, stage: Stage) -> float:
 def seed_of(seed: int, progress: Progress, rank: int) -> int:
     """The seed of dropout in a step on a rank; by it a resumed run draws what the straight one would have drawn."""
     return int(np.random.SeedSequence([seed, progress.stage, progress.step, rank]).generate_state(1)[0])
-
-
-def mean_over_step(engine: DeepSpeedEngine, batches: list[Batch]) -> float:
-    """The mean number of targets over the micro-batches of a step and over ranks."""
-    own = sum(engine.module.targets(batch) for batch in batches)
-    (everything,) = sums([own], engine.device)
-    return max(1.0, everything) / (len(batches) * dist.get_world_size())
 
 
 def take_step(engine: DeepSpeedEngine) -> float:

@@ -4,24 +4,35 @@ Knows the batches of `batches.py` and the losses of `vlm.losses`. Knows nothing 
 
 An objective's loss is the sum over its own targets divided by `mean_targets`, the mean number of targets over micro-batches
 and ranks: the mean of such losses over micro-batches and ranks is the sum over all targets divided by their number. The
-numbers in the logs are made to be averaged in the same way.
+numbers in the logs are made to be averaged in the same way. What a micro-batch has to know of its whole step is its `Plan`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.losses import count_targets, documents_right, infonce, labelled, siglip, token_cross_entropy
+from vlm.losses import count_targets, documents_right, labelled, token_cross_entropy
 from vlm.model import VLMModel
 
 from .config import Stage
+from .contrast import Contrast, Pairs, compared, pairs_of, replayed
 
 Batch = dict[str, Any]
 Logs = dict[str, Tensor]
+
+
+class Plan(NamedTuple):
+    """What a micro-batch knows of its step; `step.prepare` makes it.
+
+    mean_targets: targets, mean over micro-batches and ranks. contrast: its part in a comparison with other micro-batches;
+    None where there are no others.
+    """
+
+    mean_targets: float
+    contrast: Contrast | None = None
 
 
 class Objective(nn.Module, ABC):
@@ -40,13 +51,28 @@ class Objective(nn.Module, ABC):
     def targets(self, batch: Batch) -> int:
         """How many things this batch asks to be predicted."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether the loss compares this batch with other micro-batches of its step; then there is `pairs`."""
+        return False
+
+    def forward(self, batch: Batch, plan: Plan | None) -> Any:
+        """What `loss` returns; without a plan, the `pairs` that a plan is made of: DeepSpeed wants both to come this way."""
+        return self.pairs(batch) if plan is None else self.loss(batch, plan)
+
     @abstractmethod
-    def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
         """The loss, and numbers to log."""
+
+    def pairs(self, batch: Batch) -> Pairs:
+        """Pictures and texts to be compared; what is drawn at random for them is drawn before anything else."""
+        raise NotImplementedError
 
 
 class Contrastive(Objective):
-    """Pictures against texts over all ranks: InfoNCE or SigLIP. The negatives are those of one micro-batch of all ranks."""
+    """Pictures against texts over all micro-batches and ranks of a step: InfoNCE or SigLIP."""
+
+    compares = True
 
     def reads(self) -> tuple[str, ...]:
         return *_sight(), *_shared_space(self.model, self.stage)
@@ -54,11 +80,16 @@ class Contrastive(Objective):
     def targets(self, batch: Batch) -> int:
         return len(batch["input_ids"])
 
-    def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
+        with replayed(plan.contrast, batch["input_ids"].device):
+            pairs = self.pairs(batch)
+        loss, top1 = compared(pairs, plan.contrast)
+        return loss, {"top1": top1, "logit_scale": self.model.logit_scale.detach().exp()}
+
+    def pairs(self, batch: Batch) -> Pairs:
         images = self.model.encode_image(batch["pixel_values"], normalize=False)
         texts = self.model.encode_text(batch["input_ids"], batch["attention_mask"], normalize=False)
-        loss, first, _ = _match(self.model, self.stage, images, texts)
-        return loss / mean_targets, {"top1": first / mean_targets, "logit_scale": self.model.logit_scale.detach().exp()}
+        return pairs_of(self.model, self.stage, images, texts)
 
 
 class Joint(Objective):
@@ -71,8 +102,14 @@ class Joint(Objective):
     def targets(self, batch: Batch) -> int:
         return count_targets(batch["labels"], shift=True)
 
-    def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
-        states = self.model.image_states(batch["pixel_values"])
+    @property
+    def compares(self) -> bool:
+        return self.stage.contrastive_weight > 0
+
+    def loss(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
+        with replayed(plan.contrast, batch["input_ids"].device):
+            states = self.model.image_states(batch["pixel_values"])
+            pairs = self._pairs(states, batch) if self.compares else None
         logits = self.model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
@@ -81,23 +118,24 @@ class Joint(Objective):
             image_keys_values=self.model.image_keys_values(states, batch["image_slots"]),
         ).logits
         predictions, labels = labelled(logits, batch["labels"], shift=True)
-        loss = token_cross_entropy(predictions, labels) / mean_targets
-        logs = {"token_accuracy": (predictions.argmax(-1) == labels).sum() / mean_targets}
+        loss = token_cross_entropy(predictions, labels) / plan.mean_targets
+        logs = {"token_accuracy": (predictions.argmax(-1) == labels).sum() / plan.mean_targets}
         if not self.training:
             documents = int(batch["document_ids"].max())
             logs["documents_right"] = documents_right(logits, batch["labels"], batch["document_ids"], documents)
-        if self.stage.contrastive_weight:
-            contrastive = self._contrastive(states, batch)
+        if pairs is not None:
+            contrastive, _ = compared(pairs, plan.contrast)
             logs |= {"token_loss": loss.detach(), "contrastive_loss": contrastive.detach()}
             loss = loss + self.stage.contrastive_weight * contrastive
         return loss, logs
 
-    def _contrastive(self, states: Tensor, batch: Batch) -> Tensor:
-        """This rank's part: the mean of it over ranks is the mean over the pairs of all ranks."""
+    def pairs(self, batch: Batch) -> Pairs:
+        return self._pairs(self.model.image_states(batch["pixel_values"]), batch)
+
+    def _pairs(self, states: Tensor, batch: Batch) -> Pairs:
         images = self.model.image_pool(states)[batch["pair_images"]]
         texts = self.model.encode_text(batch["pair_input_ids"], batch["pair_attention_mask"], normalize=False)
-        loss, _, mean_pairs = _match(self.model, self.stage, images, texts[: len(images)])
-        return loss / max(1.0, mean_pairs)
+        return pairs_of(self.model, self.stage, images, texts[: len(images)])
 
 
 class Clm(Objective):
@@ -111,7 +149,7 @@ class Clm(Objective):
     def targets(self, batch: Batch) -> int:
         return count_targets(batch["labels"], self._shift)
 
-    def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
+    def loss(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
         logits = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -120,8 +158,8 @@ class Clm(Objective):
             bidirectional=self.bidirectional,
         ).logits
         predictions, labels = labelled(logits, batch["labels"], self._shift)
-        loss = token_cross_entropy(predictions, labels) / mean_targets
-        return loss, {"token_accuracy": (predictions.argmax(-1) == labels).sum() / mean_targets}
+        loss = token_cross_entropy(predictions, labels) / plan.mean_targets
+        return loss, {"token_accuracy": (predictions.argmax(-1) == labels).sum() / plan.mean_targets}
 
     @property
     def _shift(self) -> bool:
@@ -145,13 +183,3 @@ def _shared_space(model: VLMModel, stage: Stage) -> tuple[str, ...]:
     base = f"language_model.{model.language_model.base_model_prefix}."
     bias = ("logit_bias",) if stage.loss == "siglip" else ()
     return base, "image_pool.", "text_projection.", "logit_scale", *bias
-
-
-def _match(model: VLMModel, stage: Stage, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The contrastive loss of `vlm.losses` over embeddings (n, E) as the model makes them, in float32."""
-    images, texts = F.normalize(images.float(), dim=-1), F.normalize(texts.float(), dim=-1)
-    # CLIP, section 2.5: the scale is held below 100, beyond which training is unstable.
-    scale = model.logit_scale.float().exp().clamp(max=100.0)
-    if stage.loss == "siglip":
-        return siglip(images, texts, scale, model.logit_bias.float())
-    return infonce(images, texts, scale)

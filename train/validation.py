@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from torch import distributed as dist
 
 from .batches import Batch, on_device
 from .gauges import gates
 from .ranks import merged, sums
+from .step import prepare
 
 
 @torch.no_grad()
@@ -26,20 +28,19 @@ def validate(engine: DeepSpeedEngine, batches: Sequence[Batch]) -> dict[str, Any
     and mlm: also `perplexity`, e to the mean loss of a predicted token.
     """
     objective, device = engine.module, engine.device
-    targets, ranks = sums([sum(objective.targets(batch) for batch in batches), 1.0], device)
-    mean_targets = max(1.0, targets) / (len(batches) * ranks)
     totals: Counter[str] = Counter()
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     engine.eval()
-    for batch in batches:
-        loss, logs = engine(on_device(batch, device), mean_targets)
+    for batch, plan in zip(batches, prepare(engine, batches), strict=True):
+        loss, logs = engine(on_device(batch, device), plan)
         documents_right = logs.pop("documents_right", None)
         totals.update({"loss": float(loss)} | {name: float(value) for name, value in logs.items()})
         if documents_right is not None:
             _count(batch["question_types"], documents_right.tolist(), right, asked)
     engine.train()
-    means = sums([total / (len(batches) * ranks) for total in totals.values()], device)
+    parts = len(batches) * dist.get_world_size()
+    means = sums([total / parts for total in totals.values()], device)
     result: dict[str, Any] = dict(zip(totals, means, strict=True))
     if objective.stage.objective in ("clm", "mlm"):
         result["perplexity"] = float(torch.tensor(result["loss"]).exp())

@@ -69,21 +69,19 @@ def bench_decode_command(
 
 @bench.command("train")
 def bench_train_command(
-    against: Annotated[str, typer.Option(help="padded: samples in rows of their own")] = "padded",
-    batch: Annotated[int, typer.Option(help="padded: samples a step")] = 32,
+    against: Annotated[
+        str | None, typer.Option(help="open_clip, idefics, padded (default: these), or gradcache, which is memory")
+    ] = None,
     rounds: Rounds = 3,
     out: Out = None,
 ) -> None:
     """Training steps: speed beside peers, and memory.
 
-    Example: vlm bench train --against padded --out bench.json
+    Example: vlm bench train --against open_clip --out bench.json
     """
-    from vlm.errors import UsageError
-    from vlm.train.bench_packing import bench_packing
+    from vlm.train.bench import bench_train
 
-    if against != "padded":
-        raise UsageError(f"vlm bench train knows no {against!r}; use padded")
-    _tell(bench_packing(batch, rounds), out)
+    _tell(bench_train(against, rounds=rounds), out)
 
 
 def _tell(rows: Sequence[Row], out: Path | None) -> None:

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 
 from vlm.errors import RunError, UsageError
@@ -16,7 +17,8 @@ from vlm.saving import read, save
 from vlm.shards import Shards
 from vlm.train.batches import READERS, MicroBatches
 from vlm.train.config import load_config
-from vlm.train.objectives import OBJECTIVES
+from vlm.train.loop import attention_of
+from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import rate
 from vlm.train.order import Order
 
@@ -70,7 +72,16 @@ def loss_of(model, shards: str, left, stage: int, samples: int, shuffle: bool = 
     batch = MicroBatches([data], Order([len(data)], [1.0], [0, stage], shuffle), reader, samples, 0, 1)[0]
     objective = OBJECTIVES[settings.objective](loaded.eval(), settings)
     with torch.no_grad():
-        return float(objective(batch, objective.targets(batch))[0])
+        return float(objective(batch, Plan(objective.targets(batch)))[0])
+
+
+@pytest.mark.parametrize(
+    ("asked", "longest", "found"), [("auto", 1024, "eager"), ("auto", 1025, "sdpa"), ("sdpa", 64, "sdpa")]
+)
+def test_attention_on_a_cpu_is_what_is_fast_there(make_config, tmp_path, asked, longest, found):
+    config = make_config(tmp_path, {"objective": "joint", "max_tokens": longest}, attention=asked)
+    expected = found if get_accelerator().device_name() == "cpu" else "sdpa"
+    assert attention_of(config, config.stages[0]) == expected
 
 
 def test_a_sample_that_is_passed_over_is_told_once(run, make_shards, tmp_path):

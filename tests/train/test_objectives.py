@@ -18,7 +18,7 @@ from vlm.samples import Question, Sample
 from vlm.train import objectives
 from vlm.train.batches import READERS
 from vlm.train.config import Stage
-from vlm.train.objectives import OBJECTIVES
+from vlm.train.objectives import OBJECTIVES, Plan
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -74,7 +74,7 @@ def test_packed_documents_lose_what_each_loses_alone(objective_of, samples, lang
     """The judge is the model's plain path: one document, its own pictures, no document or position ids."""
     objective, reader = objective_of("joint", language, pack=False)
     batch = batch_of(reader, samples)
-    loss, logs = objective(batch, 1.0)
+    loss, logs = objective(batch, Plan(1.0))
     total, right = torch.zeros(()), 0
     for row in range(len(samples)):
         pixels = batch["pixel_values"][[slot for slot in batch["image_slots"][row].tolist() if slot >= 0]]
@@ -96,7 +96,7 @@ def test_the_pictures_matter(objective_of, samples):
     objective, reader = objective_of("joint")
     batch = batch_of(reader, samples[:1])
     other = batch | {"pixel_values": batch["pixel_values"].flip(-1)}
-    assert not torch.allclose(objective(batch, 1.0)[0], objective(other, 1.0)[0], rtol=1e-4)
+    assert not torch.allclose(objective(batch, Plan(1.0))[0], objective(other, Plan(1.0))[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["joint", "clm", "mlm"])
@@ -106,8 +106,8 @@ def test_micro_batches_of_unequal_targets_average_to_the_whole(objective_of, sam
     whole, parts = batch_of(reader, listed), [batch_of(reader, [sample]) for sample in listed]
     counts = [objective.targets(part) for part in parts]
     assert objective.targets(whole) == sum(counts) and len(set(counts)) > 1
-    once, logs = objective(whole, sum(counts))
-    pieces = [objective(part, sum(counts) / len(parts)) for part in parts]
+    once, logs = objective(whole, Plan(sum(counts)))
+    pieces = [objective(part, Plan(sum(counts) / len(parts))) for part in parts]
     mean = torch.stack([loss for loss, _ in pieces]).mean()
     assert torch.allclose(once, mean, **CLOSE)
     assert torch.allclose(logs["token_accuracy"], torch.stack([log["token_accuracy"] for _, log in pieces]).mean())
@@ -132,7 +132,7 @@ def test_questions_are_right_when_all_their_tokens_are(objective_of, samples):
     row, document = 0, 2
     chosen = (batch["document_ids"][row] == document) & (batch["labels"][row] != IGNORED)
     batch["labels"][row, chosen] = guessed[row, chosen]
-    right = objective(batch, 1.0)[1]["documents_right"]
+    right = objective(batch, Plan(1.0))[1]["documents_right"]
     assert right.tolist() == [[False, True, False], [False, False, True]], (
         "a row without a third has nothing wrong in it"
     )
@@ -148,12 +148,12 @@ def test_joint_adds_a_weighted_contrastive_term(objective_of, samples):
     plain, _ = objective_of("joint")
     objective, reader = objective_of("joint", contrastive_weight=0.25)
     batch = batch_of(reader, samples)
-    loss, logs = objective(batch, 7.0)
+    loss, logs = objective(batch, Plan(7.0))
     images = objective.model.encode_image(batch["pixel_values"][:2])
     texts = objective.model.encode_text(batch["pair_input_ids"], batch["pair_attention_mask"])
     formula = contrastive_formula(images, texts, objective.model.logit_scale.exp()).float()
     assert torch.allclose(logs["contrastive_loss"], formula, **CLOSE)
-    assert torch.allclose(logs["token_loss"], plain(batch, 7.0)[0], **CLOSE)
+    assert torch.allclose(logs["token_loss"], plain(batch, Plan(7.0))[0], **CLOSE)
     assert torch.allclose(loss, logs["token_loss"] + 0.25 * formula, **CLOSE)
 
 
@@ -161,7 +161,7 @@ def test_joint_adds_a_weighted_contrastive_term(objective_of, samples):
 def test_a_batch_without_pictures_has_the_gradients_of_one_with(objective_of, samples, loss):
     """Every rank runs the same modules in the same order, or ZeRO-3 waits for ever."""
     objective, reader = objective_of("joint", contrastive_weight=0.25, loss=loss)
-    seen, blind = (objective(batch_of(reader, chosen), 1.0) for chosen in (samples[:2], samples[3:]))
+    seen, blind = (objective(batch_of(reader, chosen), Plan(1.0)) for chosen in (samples[:2], samples[3:]))
     assert blind[1]["contrastive_loss"] == 0 and torch.isfinite(blind[0])
     with_pictures, without = gradients(objective, seen[0]), gradients(objective, blind[0])
     assert with_pictures.keys() == without.keys()
@@ -179,7 +179,7 @@ def test_infonce_is_the_formula_and_open_clips(objective_of, samples, language):
     batch = batch_of(reader, samples[:2] * 2)
     batch["pixel_values"][2:] = batch["pixel_values"][2:].flip(-1)
     assert objective.targets(batch) == 4
-    loss, logs = objective(batch, 4.0)
+    loss, logs = objective(batch, Plan(4.0))
     images = objective.model.encode_image(batch["pixel_values"])
     texts = objective.model.encode_text(batch["input_ids"], batch["attention_mask"])
     scale = objective.model.logit_scale.exp()
@@ -196,7 +196,7 @@ def test_infonce_is_the_formula_and_open_clips(objective_of, samples, language):
 def test_siglip_is_the_formula_and_open_clips(objective_of, samples):
     objective, reader = objective_of("contrastive", loss="siglip")
     batch = batch_of(reader, samples[:2])
-    loss, _ = objective(batch, 2.0)
+    loss, _ = objective(batch, Plan(2.0))
     images = objective.model.encode_image(batch["pixel_values"])
     texts = objective.model.encode_text(batch["input_ids"], batch["attention_mask"])
     scale, bias = objective.model.logit_scale.exp(), objective.model.logit_bias
@@ -214,9 +214,9 @@ def test_the_scale_is_held_below_a_hundred(objective_of, samples):
     batch = batch_of(reader, samples[:2])
     with torch.no_grad():
         objective.model.logit_scale.fill_(100.0).log_()
-        at_most = objective(batch, 1.0)[0]
+        at_most = objective(batch, Plan(1.0))[0]
         objective.model.logit_scale.fill_(50.0)
-        assert torch.allclose(objective(batch, 1.0)[0], at_most)
+        assert torch.allclose(objective(batch, Plan(1.0))[0], at_most)
 
 
 # text only
@@ -228,7 +228,7 @@ def test_clm_is_the_language_models_own_loss(objective_of, samples, causal_famil
     own = objective.model.language_model(
         batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
     )
-    assert torch.allclose(objective(batch, objective.targets(batch))[0], own.loss, **CLOSE)
+    assert torch.allclose(objective(batch, Plan(objective.targets(batch)))[0], own.loss, **CLOSE)
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2", "opt"])
@@ -241,7 +241,7 @@ def test_mlm_on_a_decoder_reads_both_ways_and_predicts_from_the_position_before(
     positions = torch.arange(length)[None]
     logits = objective.model.language_model(ids, attention_mask=everything, position_ids=positions).logits
     expected = F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=IGNORED)
-    assert torch.allclose(objective(batch, objective.targets(batch))[0], expected, **CLOSE)
+    assert torch.allclose(objective(batch, Plan(objective.targets(batch)))[0], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("language", ["bert", "roberta", "modernbert"])
@@ -251,7 +251,7 @@ def test_mlm_on_an_encoder_is_the_language_models_own_loss(objective_of, samples
     own = objective.model.language_model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
     )
-    assert torch.allclose(objective(batch, objective.targets(batch))[0], own.loss, **CLOSE)
+    assert torch.allclose(objective(batch, Plan(objective.targets(batch)))[0], own.loss, **CLOSE)
 
 
 def test_nothing_to_predict_costs_nothing_and_keeps_the_gradient(objective_of, samples):
@@ -259,7 +259,7 @@ def test_nothing_to_predict_costs_nothing_and_keeps_the_gradient(objective_of, s
     batch = batch_of(reader, samples)
     batch["labels"].fill_(IGNORED)
     assert objective.targets(batch) == 0
-    loss, _ = objective(batch, 1.0)
+    loss, _ = objective(batch, Plan(1.0))
     assert loss == 0 and all(torch.count_nonzero(gradient) == 0 for gradient in gradients(objective, loss).values())
 
 
@@ -282,7 +282,7 @@ def test_nothing_to_predict_costs_nothing_and_keeps_the_gradient(objective_of, s
 )
 def test_an_objective_reads_what_it_says(objective_of, samples, name, language, stage):
     objective, reader = objective_of(name, language, **stage)
-    loss, _ = objective(batch_of(reader, samples[:2]), 1.0)
+    loss, _ = objective(batch_of(reader, samples[:2]), Plan(1.0))
     found = {key.removeprefix("model.") for key in gradients(objective, loss)}
     said = {key for key, _ in objective.model.named_parameters() if key.startswith(objective.reads())}
     assert found == said

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -35,6 +36,7 @@ JOINT = {"objective": "joint", "steps": 4, "lr": 0.01}
 # Name -> stages and settings of what two ranks train one after the other.
 RUNS = {
     **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 28}, "watch": {"every": 2}}) for zero in ZERO},
+    "siglip": ([{"objective": "contrastive", "steps": 3, "loss": "siglip"}], {"zero": 3}),
     "lora": ([JOINT | {"lora": {"r": 2}}], {"zero": 3}),
     **{f"ema {zero}": ([JOINT | {"ema": 0.6}], {"zero": zero}) for zero in (0, 2, 3)},
     "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
@@ -68,10 +70,10 @@ def config_of(make_config, mixed, words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     sources = [{"path": mixed, "weight": 3}, {"path": words, "weight": 1, "objectives": ["joint"]}]
 
-    def make(name: str, ranks: int):
+    def make(name: str, ranks: int, held: int = 4):
         stages, fields = RUNS[name]
-        sizes = {"batch": 8, "micro_batch": 4 // ranks}
-        out = folder / f"{name} on {ranks}"
+        sizes = {"batch": 8, "micro_batch": held // ranks}
+        out = folder / f"{name} on {ranks}, {held} at once"
         return make_config(out, *[dict(stage) | sizes for stage in stages], **fields, data={"train": sources})
 
     return make
@@ -94,12 +96,12 @@ def one(config_of, outcome):
     """What a run leaves in this one process."""
     known = {}
 
-    def trained(name: str):
-        if name not in known:
-            config = config_of(name, 1)
+    def trained(name: str, held: int = 4):
+        if (name, held) not in known:
+            config = config_of(name, 1, held)
             train(config)
-            known[name] = outcome(Path(config.out))
-        return known[name]
+            known[name, held] = outcome(Path(config.out))
+        return known[name, held]
 
     return trained
 
@@ -162,6 +164,16 @@ def test_two_ranks_learn_the_weights_that_one_learns(one, two, zero):
     alone, together = one("zero 0").weights(), two[f"zero {zero}"].weights()
     assert alone.keys() == together.keys()
     assert all(torch.allclose(together[name], value, rtol=1e-2, atol=1e-3) for name, value in alone.items())
+
+
+def test_a_cut_contrastive_batch_on_two_ranks_is_the_whole_one(one, two):
+    """Each pair against all eight: in one piece, in two, and in two on each of two ranks."""
+    for name, ranked in (("siglip", two["siglip"]), ("zero 0", two["zero 3"])):
+        whole, steps = one(name, held=8), len(one(name).losses)
+        assert difference(one(name), whole) < 1e-4
+        assert difference(ranked, whole) < 1e-4 and steps == len(whole.losses)
+        norms = [[line["grad_norm"] for line in run.steps] for run in (one(name), ranked, whole)]
+        assert np.allclose(norms, norms[-1], rtol=1e-2)
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
