@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlm.configuration import VisionConfig, VLMConfig
 from vlm.errors import UsageError
+from vlm.linear_cross_entropy import check_head
 from vlm.model import VLMModel
 from vlm.processing import VLMImageProcessor, VLMProcessor, complete_tokenizer
 from vlm.saving import read
@@ -73,6 +74,8 @@ def _from_parts(config: Config) -> tuple[VLMModel, VLMProcessor]:
 
 
 def _check_objectives(config: Config, model: VLMModel) -> None:
+    if any(stage.objective != "contrastive" for stage in config.stages):
+        check_head(model.language_model)
     if model.config.reading == "causal":
         return
     for index, stage in enumerate(config.stages):

@@ -171,7 +171,7 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(model, stage), config=ds_config)
     if config.compile:
         model.vision.compile()
-        model.language_model.compile()
+        model.language_model.base_model.compile()
     return engine, frozen
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlm.losses import count_targets, documents_right, infonce, labelled, siglip, token_cross_entropy
+from vlm.linear_cross_entropy import linear_cross_entropy
+from vlm.losses import count_targets, documents_right, infonce, labelled, siglip
 from vlm.model import VLMModel
 
 from .config import Stage
@@ -73,19 +74,19 @@ class Joint(Objective):
 
     def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
         states = self.model.image_states(batch["pixel_values"])
-        logits = self.model(
+        output = self.model.states(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             document_ids=batch["document_ids"],
             token_image=batch["token_image"],
             image_keys_values=self.model.image_keys_values(states, batch["image_slots"]),
-        ).logits
-        predictions, labels = labelled(logits, batch["labels"], shift=True)
-        loss = token_cross_entropy(predictions, labels) / mean_targets
-        logs = {"token_accuracy": (predictions.argmax(-1) == labels).sum() / mean_targets}
+        )
+        hidden, labels = labelled(output.last_hidden_state, batch["labels"], shift=True)
+        total, right = linear_cross_entropy(self.model.language_model, hidden, labels)
+        loss, logs = total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
         if not self.training:
             documents = int(batch["document_ids"].max())
-            logs["documents_right"] = documents_right(logits, batch["labels"], batch["document_ids"], documents)
+            logs["documents_right"] = documents_right(right, batch["labels"], batch["document_ids"], documents)
         if self.stage.contrastive_weight:
             contrastive = self._contrastive(states, batch)
             logs |= {"token_loss": loss.detach(), "contrastive_loss": contrastive.detach()}
@@ -112,14 +113,14 @@ class Clm(Objective):
         return count_targets(batch["labels"], self._shift)
 
     def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
-        logits = self.model(
+        output = self.model.states(
             input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            document_ids=batch["attention_mask"].long(),
             bidirectional=self.bidirectional,
-        ).logits
-        predictions, labels = labelled(logits, batch["labels"], self._shift)
-        loss = token_cross_entropy(predictions, labels) / mean_targets
-        return loss, {"token_accuracy": (predictions.argmax(-1) == labels).sum() / mean_targets}
+        )
+        hidden, labels = labelled(output.last_hidden_state, batch["labels"], self._shift)
+        total, right = linear_cross_entropy(self.model.language_model, hidden, labels)
+        return total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
 
     @property
     def _shift(self) -> bool:

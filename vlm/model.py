@@ -169,6 +169,46 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
         Returns the language model's own output: logits (B, L, V), past_key_values, …; `loss` where labels are given.
         """
+        inputs = self._inputs(
+            input_ids,
+            attention_mask,
+            position_ids,
+            pixel_values,
+            image_slots,
+            token_image,
+            image_keys_values,
+            document_ids,
+            bidirectional,
+        )
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            kwargs["logits_to_keep"] = logits_to_keep
+        output = self.language_model(**inputs, **kwargs)
+        if labels is not None:
+            output.loss = self._loss(output.logits, labels, bidirectional)
+        return output
+
+    def states(self, input_ids: Tensor, *, output_router_logits: bool | None = None, **inputs: Any) -> Any:
+        """What `forward` does without the head: the base model's output, with last_hidden_state (B, L, C).
+
+        inputs: those of `forward`. output_router_logits: also router_logits, (B·L, experts) of each layer with experts.
+        """
+        told = {} if output_router_logits is None else {"output_router_logits": output_router_logits}
+        return self.language_model.base_model(**self._inputs(input_ids, **inputs), **told)
+
+    def _inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_slots: Tensor | None = None,
+        token_image: Tensor | None = None,
+        image_keys_values: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        bidirectional: bool = False,
+    ) -> dict[str, Any]:
+        """The language model's keywords for the arguments of `forward`."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
         if image_keys_values is None and pixel_values is not None:
             if image_slots is None:
                 image_slots = self.image_slots(input_ids, len(pixel_values))
@@ -176,20 +216,15 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         if image_keys_values is not None:
             if token_image is None:
                 token_image = self.token_image(input_ids)
-            kwargs["visual"] = self._visual(image_keys_values, token_image)
+            inputs["visual"] = self._visual(image_keys_values, token_image)
         if document_ids is not None or bidirectional:
             if document_ids is None:
                 document_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             attention_mask = self._attention_mask(document_ids, bidirectional)
             position_ids = document_positions(document_ids) if position_ids is None else position_ids
         if position_ids is not None:
-            kwargs["position_ids"] = position_ids + self._first_position
-        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            kwargs["logits_to_keep"] = logits_to_keep
-        output = self.language_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if labels is not None:
-            output.loss = self._loss(output.logits, labels, bidirectional)
-        return output
+            inputs["position_ids"] = position_ids + self._first_position
+        return inputs | {"attention_mask": attention_mask}
 
     def _visual(self, image_keys_values: Tensor, token_image: Tensor) -> Visual:
         sees = token_image >= 0
@@ -215,14 +250,27 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             return embeddings.padding_idx + 1
         return 0
 
-    def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor:
-        """(B, 1, L, L): a token attends within its document, to the past only unless bidirectional, and always to itself."""
-        length = document_ids.shape[1]
-        allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids[:, None, :] > 0)
-        steps = torch.arange(length, device=document_ids.device)
-        if not bidirectional and self.config.reading == "causal":
-            allowed = allowed & (steps[:, None] >= steps[None, :])
-        allowed = (allowed | (steps[:, None] == steps[None, :]))[:, None]
+    def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor | None:
+        """Who attends to whom: a token to its document, to the past only unless bidirectional, and always to itself.
+
+        (B, 1, L, L); where no row holds several documents nothing of that size is made, for a long text has no room for it:
+        None, (B, L) for the family to read, or a view.
+        """
+        causal = not bidirectional and self.config.reading == "causal"
+        real = document_ids > 0
+        if one_document_each(document_ids):
+            if causal:
+                return None  # what fills up a row stands behind all that could attend to it
+            if self.config.reading == "masked":
+                return real.long()
+            # XGLM asks for the full shape; expanded, it takes no memory.
+            allowed = (real | ~real.any(dim=1, keepdim=True))[:, None, None, :].expand(-1, -1, real.shape[1], -1)
+        else:
+            steps = torch.arange(document_ids.shape[1], device=document_ids.device)
+            allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & real[:, None, :]
+            if causal:
+                allowed = allowed & (steps[:, None] >= steps[None, :])
+            allowed = (allowed | (steps[:, None] == steps[None, :]))[:, None]
         if self.language_model.config._attn_implementation == "sdpa":
             return allowed
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
@@ -319,6 +367,12 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             )
             for key, adapter in adapters
         }
+
+
+def one_document_each(document_ids: Tensor) -> bool:
+    """Whether each row of (B, L) is one document from its first token on, and at most padding behind it."""
+    own = document_ids == document_ids[:, :1]
+    return bool((own | (document_ids == 0)).all() and (own[:, 1:] <= own[:, :-1]).all())
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
