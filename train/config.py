@@ -94,6 +94,15 @@ class Tokenizer(Section):
     path: str | None = Field(None, description="one that exists, Hugging Face id or path, instead")
 
 
+class RopeScaling(Section):
+    """Rotary positions stretched over longer texts, as transformers computes them."""
+
+    type: Literal["linear", "yarn", "llama3"] = Field(
+        description="linear: Chen et al. 2023; yarn: Peng et al. 2023; llama3: by wavelength, as Llama 3.1"
+    )
+    factor: float = Field(gt=1, description="how many times longer a text may be than it was")
+
+
 class Model(Section):
     """What is trained."""
 
@@ -105,6 +114,9 @@ class Model(Section):
         None, description="pretrained language model, Hugging Face id or path; or family and sizes, from scratch"
     )
     tokenizer: Tokenizer = Field(Tokenizer(), description="for a language model from scratch")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="longer texts for a language model with rotary positions, e.g. {type: yarn, factor: 4}"
+    )
     adapter: Adapter = Field(Adapter(), description="how the language model looks at pictures")
     embedding_dim: PositiveInt = Field(256, description="size of the space that pictures and texts share")
 
@@ -255,6 +267,9 @@ class Config(Section):
     deepspeed: dict[str, Any] | str = Field({}, description='more of DeepSpeed, or a JSON file; "auto" is filled in')
     attention: Literal["sdpa", "eager"] = Field(
         "sdpa", description="sdpa: fused kernels; eager: plain matrix products, faster for short rows on CPUs"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations layer by layer: less memory, a third more time"
     )
     compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")

@@ -167,12 +167,22 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     if is_main() and (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]):
         every = model.named_parameters(remove_duplicate=False)  # a tied weight is asked for by both its names
         frozen = {name: value.detach() for name, value in every if not value.requires_grad}
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     objective.train()
     engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(model, stage), config=ds_config)
     if config.compile:
         model.vision.compile()
         model.language_model.base_model.compile()
     return engine, frozen
+
+
+def checkpoint_activations(model: VLMModel) -> None:
+    """Keep of each layer of both towers and of the adapters only what goes in; the backward pass computes the rest anew."""
+    # transformers 5.24 gave the switch another name.
+    switch: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    switch({"use_reentrant": False})
+    model.vision.set_grad_checkpointing()
 
 
 def compilation(config: Config, log: RunLog) -> AbstractContextManager:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationM
 
 from vlm.adapters import AttentionPool, CrossAttention, FeedForward, GatedCrossAttention, PerceiverResampler
 from vlm.configuration import AdapterConfig, VLMConfig
+from vlm.documents import document_mask, document_positions, one_document_each
 from vlm.errors import UsageError
 from vlm.fusion import Visual, attach, check_carries_keywords, decoder_layers
 from vlm.vision import VisionTower, build_tower, grid_positions
@@ -251,28 +252,16 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         return 0
 
     def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor | None:
-        """Who attends to whom: a token to its document, to the past only unless bidirectional, and always to itself.
-
-        (B, 1, L, L); where no row holds several documents nothing of that size is made, for a long text has no room for it:
-        None, (B, L) for the family to read, or a view.
-        """
-        causal = not bidirectional and self.config.reading == "causal"
-        real = document_ids > 0
-        if one_document_each(document_ids):
-            if causal:
-                return None  # what fills up a row stands behind all that could attend to it
-            if self.config.reading == "masked":
-                return real.long()
-            # XGLM asks for the full shape; expanded, it takes no memory.
-            allowed = (real | ~real.any(dim=1, keepdim=True))[:, None, None, :].expand(-1, -1, real.shape[1], -1)
-        else:
-            steps = torch.arange(document_ids.shape[1], device=document_ids.device)
-            allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & real[:, None, :]
-            if causal:
-                allowed = allowed & (steps[:, None] >= steps[None, :])
-            allowed = (allowed | (steps[:, None] == steps[None, :]))[:, None]
+        """The mask of `vlm.documents`, in the form that the attention takes; None where the family's own reading is right."""
+        masked = self.config.reading == "masked"
+        causal = not bidirectional and not masked
+        if (causal or masked) and one_document_each(document_ids):
+            # In causal reading what fills up a row stands behind all that could attend to it.
+            return None if causal else (document_ids > 0).long()
+        allowed = document_mask(document_ids, causal)
         if self.language_model.config._attn_implementation == "sdpa":
             return allowed
+        allowed = allowed.expand(-1, -1, document_ids.shape[1], -1)
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
 
     def _loss(self, logits: Tensor, labels: Tensor, bidirectional: bool) -> Tensor:
@@ -367,20 +356,6 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             )
             for key, adapter in adapters
         }
-
-
-def one_document_each(document_ids: Tensor) -> bool:
-    """Whether each row of (B, L) is one document from its first token on, and at most padding behind it."""
-    own = document_ids == document_ids[:, :1]
-    return bool((own | (document_ids == 0)).all() and (own[:, 1:] <= own[:, :-1]).all())
-
-
-def document_positions(document_ids: Tensor) -> Tensor:
-    """(B, L) -> (B, L): how many tokens of the same document stand before each token of a packed row."""
-    steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return steps - torch.where(starts, steps, 0).cummax(dim=1).values
 
 
 def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, image_width: int) -> GatedCrossAttention:
