@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vlm.linear_cross_entropy import linear_cross_entropy
 from vlm.losses import count_targets, documents_right, infonce, labelled, siglip
 from vlm.model import VLMModel
+from vlm.routing import balances, router_loss
 
 from .config import Stage
 
@@ -74,22 +75,15 @@ class Joint(Objective):
 
     def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
         states = self.model.image_states(batch["pixel_values"])
-        output = self.model.states(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            document_ids=batch["document_ids"],
-            token_image=batch["token_image"],
-            image_keys_values=self.model.image_keys_values(states, batch["image_slots"]),
-        )
-        hidden, labels = labelled(output.last_hidden_state, batch["labels"], shift=True)
-        total, right = linear_cross_entropy(self.model.language_model, hidden, labels)
-        loss, logs = total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_ids", "token_image")}
+        inputs["image_keys_values"] = self.model.image_keys_values(states, batch["image_slots"])
+        loss, right, logs = _predict(self.model, inputs, batch["labels"], True, mean_targets)
         if not self.training:
             documents = int(batch["document_ids"].max())
             logs["documents_right"] = documents_right(right, batch["labels"], batch["document_ids"], documents)
         if self.stage.contrastive_weight:
             contrastive = self._contrastive(states, batch)
-            logs |= {"token_loss": loss.detach(), "contrastive_loss": contrastive.detach()}
+            logs = {"token_loss": loss.detach()} | logs | {"contrastive_loss": contrastive.detach()}
             loss = loss + self.stage.contrastive_weight * contrastive
         return loss, logs
 
@@ -113,14 +107,10 @@ class Clm(Objective):
         return count_targets(batch["labels"], self._shift)
 
     def forward(self, batch: Batch, mean_targets: float) -> tuple[Tensor, Logs]:
-        output = self.model.states(
-            input_ids=batch["input_ids"],
-            document_ids=batch["attention_mask"].long(),
-            bidirectional=self.bidirectional,
-        )
-        hidden, labels = labelled(output.last_hidden_state, batch["labels"], self._shift)
-        total, right = linear_cross_entropy(self.model.language_model, hidden, labels)
-        return total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
+        inputs = {"input_ids": batch["input_ids"], "document_ids": batch["attention_mask"].long()}
+        inputs["bidirectional"] = self.bidirectional
+        loss, _, logs = _predict(self.model, inputs, batch["labels"], self._shift, mean_targets)
+        return loss, logs
 
     @property
     def _shift(self) -> bool:
@@ -144,6 +134,25 @@ def _shared_space(model: VLMModel, stage: Stage) -> tuple[str, ...]:
     base = f"language_model.{model.language_model.base_model_prefix}."
     bias = ("logit_bias",) if stage.loss == "siglip" else ()
     return base, "image_pool.", "text_projection.", "logit_scale", *bias
+
+
+def _predict(
+    model: VLMModel, inputs: dict[str, Any], labels: Tensor, shift: bool, mean_targets: float
+) -> tuple[Tensor, Tensor, Logs]:
+    """The loss of the labelled tokens, which of them (T,) are predicted right, and numbers to log.
+
+    A mixture of experts adds its router loss, as it is: a mean over this batch's tokens.
+    """
+    text = model.config.text_config
+    output = model.states(**inputs, output_router_logits=True if balances(text) else None)
+    hidden, wanted = labelled(output.last_hidden_state, labels, shift)
+    total, right = linear_cross_entropy(model.language_model, hidden, wanted)
+    loss, logs = total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
+    if balances(text) and output.router_logits:
+        balance, busiest = router_loss(text, output.router_logits, inputs["document_ids"] > 0)
+        logs |= {"token_loss": loss.detach(), "router_loss": balance.detach(), "router_busiest": busiest}
+        loss = loss + text.router_aux_loss_coef * balance
+    return loss, right, logs
 
 
 def _match(model: VLMModel, stage: Stage, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -57,3 +57,27 @@ def bench_score_command(
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
+
+
+@bench.command("train")
+def bench_train_command(
+    against: Annotated[str, typer.Option(help="long: peak memory of 16 384 tokens beside 4 096")] = "long",
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Training: memory.
+
+    Example: vlm bench train --against long
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.errors import UsageError
+    from vlm.train import bench_memory
+
+    benches = {"long": bench_memory.rows}
+    if against not in benches:
+        raise UsageError(f"vlm bench train knows no {against!r}; choose {', '.join(benches)}")
+    rows = benches[against]()
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)

@@ -18,6 +18,7 @@ from vlm.samples import Question, Sample
 from vlm.train import objectives
 from vlm.train.batches import READERS
 from vlm.train.config import Stage
+from vlm.train.loop import checkpoint_activations
 from vlm.train.objectives import OBJECTIVES
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -228,7 +229,45 @@ def test_clm_is_the_language_models_own_loss(objective_of, samples, causal_famil
     own = objective.model.language_model(
         batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
     )
-    assert torch.allclose(objective(batch, objective.targets(batch))[0], own.loss, **CLOSE)
+    loss, logs = objective(batch, objective.targets(batch))
+    assert torch.allclose(logs.get("token_loss", loss), own.loss, **CLOSE), "a mixture of experts adds its router loss"
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("language", ["mixtral", "qwen3_moe", "olmoe"])
+def test_the_router_loss_is_transformers_own(objective_of, samples, language, checkpointed):
+    objective, reader = objective_of("clm", language)
+    batch = batch_of(reader, samples)
+    assert not batch["attention_mask"].bool().all(), "padding does not count"
+    inputs = {"attention_mask": batch["attention_mask"], "labels": batch["labels"], "output_router_logits": True}
+    own = objective.model.language_model(batch["input_ids"], **inputs)
+    expected = gradients(objective, own.loss)
+    if checkpointed:
+        checkpoint_activations(objective.model.train())
+    loss, logs = objective(batch, objective.targets(batch))
+    found = gradients(objective, loss)
+    assert torch.allclose(loss, own.loss, **CLOSE) and torch.allclose(logs["router_loss"], own.aux_loss, **CLOSE)
+    coefficient = objective.model.config.text_config.router_aux_loss_coef
+    assert torch.allclose(logs["token_loss"], own.loss - coefficient * own.aux_loss, **CLOSE)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
+    assert any(name.endswith("gate.weight") for name in found)
+
+
+def test_joint_has_the_router_loss_of_all_its_documents(objective_of, samples):
+    objective, reader = objective_of("joint", "mixtral", contrastive_weight=0.5)
+    batch = batch_of(reader, samples)
+    loss, logs = objective(batch, 7.0)
+    coefficient = objective.model.config.text_config.router_aux_loss_coef
+    parts = logs["token_loss"] + coefficient * logs["router_loss"] + 0.5 * logs["contrastive_loss"]
+    assert coefficient > 0 and torch.allclose(loss, parts)
+    assert 2 / 4 <= float(logs["router_busiest"]) <= 1
+
+
+def test_a_router_without_a_loss_is_left_alone(objective_of, samples):
+    objective, reader = objective_of("clm", "mixtral")
+    objective.model.config.text_config.router_aux_loss_coef = 0.0
+    assert "router_loss" not in objective(batch_of(reader, samples), 1.0)[1]
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2", "opt"])
