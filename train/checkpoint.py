@@ -201,7 +201,7 @@ def plain_model(
     if stage.lora is None:
         model.load_state_dict(weights)
         return model
-    add_lora(model.language_model, **stage.lora.model_dump())
+    add_lora(model, **stage.lora.model_dump())
     model.load_state_dict(weights)
     others = {
         name: weights[name]
@@ -210,5 +210,5 @@ def plain_model(
     }
     assert base is not None
     save_lora(model, adapter, base, others)
-    merge_lora(model.language_model)
+    merge_lora(model)
     return model

@@ -179,8 +179,11 @@ class Lora(Section):
     alpha: PositiveFloat | None = Field(None, description="scale is alpha / r; null: 2 r")
     dropout: NonNegativeFloat = Field(0.0, description="dropout before the update")
     targets: list[str] | None = Field(
-        None, description="names or patterns of linear layers; null: all of the language model's"
+        None, description="names or patterns of linear layers; null: all of the towers' but the head"
     )
+    towers: list[Literal["text", "vision"]] = Field(["text"], min_length=1, description="whose layers: text, vision")
+    dora: bool = Field(False, description="length and direction of weights apart (DoRA, Liu et al. 2024)")
+    rslora: bool = Field(False, description="scale alpha / √r (rank-stabilised, Kalajdzievski 2023)")
 
 
 OBJECTIVE_ONLY = {

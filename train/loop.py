@@ -160,7 +160,7 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
         with torch.random.fork_rng(devices=[]):
             # The updates are born random: the same on every rank, and in a run that begins again with this stage.
             torch.manual_seed(seed_of(config.seed, Progress(number), rank=0))
-            add_lora(model.language_model, **stage.lora.model_dump())
+            add_lora(model, **stage.lora.model_dump())
     choose_trainable(objective, stage)
     run.log.say(f"stage {number}: {stage.objective}\n{training_table(model, stage)}")
     frozen: dict[str, Tensor] = {}

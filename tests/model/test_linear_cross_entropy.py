@@ -102,9 +102,10 @@ def test_under_autocast_weights_gather_in_float32(make_model, in_chunks_of, lang
 
 def test_updates_beside_a_head_are_part_of_it(make_model, in_chunks_of):
     in_chunks_of(17)
-    language_model = make_model("llama").language_model
+    model = make_model("llama")
+    language_model = model.language_model
     before = both(language_model)[1][0]
-    add_lora(language_model, r=2)
+    add_lora(model, r=2)
     for name, parameter in language_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -258,7 +258,7 @@ def test_the_base_with_its_adapter_is_the_merged_model(run, save_model, tmp_path
     expected = merged(ids, pixel_values=pixels).logits
     assert torch.allclose(model(ids, pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(alone, expected, rtol=1e-3, atol=1e-3)
-    merge_lora(model.language_model)
+    merge_lora(model)
     assert same(model.state_dict(), merged.state_dict(), rtol=1e-5, atol=1e-6)
 
 
