@@ -44,10 +44,10 @@ from .config import Augment, Config, Stage
 from .deepspeed_config import deepspeed_config, micro_batch_size
 from .log import RunLog
 from .objectives import OBJECTIVES
-from .optimization import choose_trainable, make_optimizer, rate, set_rates
+from .optimization import choose_trainable, make_optimizer, rate, set_rates, state_bytes
 from .order import BLOCK, Order
 from .ranks import is_main, join, joined, sums
-from .summary import training_table
+from .summary import training_table, training_totals
 from .validation import validate
 
 # Loss scaling of fp16 finds its scale by overflowing first, some steps in a row.
@@ -162,15 +162,18 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
             torch.manual_seed(seed_of(config.seed, Progress(number), rank=0))
             add_lora(model, **stage.lora.model_dump())
     choose_trainable(objective, stage)
-    run.log.say(f"stage {number}: {stage.objective}\n{training_table(model, stage)}")
+    in_half = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
+    optimizer = make_optimizer(model, stage)
+    totals = training_totals(model, stage, state_bytes(optimizer, masters=in_half))
+    run.log.say(f"stage {number}: {stage.objective}\n{training_table(model, stage)}\n{totals}")
     frozen: dict[str, Tensor] = {}
-    if is_main() and (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]):
+    if is_main() and in_half:
         every = model.named_parameters(remove_duplicate=False)  # a tied weight is asked for by both its names
         frozen = {name: value.detach() for name, value in every if not value.requires_grad}
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     objective.train()
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(model, stage), config=ds_config)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     if config.compile:
         model.vision.compile()
         model.language_model.base_model.compile()

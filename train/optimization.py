@@ -115,6 +115,16 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
 
 
+def state_bytes(optimizer: torch.optim.Optimizer, masters: bool) -> int:
+    """Bytes of float32 that `optimizer` keeps over all ranks: two moments, or Muon's one; and weights where those that
+    train have `masters`."""
+    numbers = 0
+    for group in optimizer.param_groups:
+        kept = (1 if group.get("use_muon") else 2) + masters
+        numbers += kept * sum(parameter.numel() for parameter in group["params"])
+    return 4 * numbers
+
+
 def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group its learning rate."""
     for group in optimizer.param_groups:
