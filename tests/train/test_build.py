@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -269,6 +270,21 @@ def test_positions_are_stretched_once(make_text_config):
     assert config.rope_parameters["original_max_position_embeddings"] == config.original_max_position_embeddings == 256
     with pytest.raises(UsageError, match="of this phi3 are stretched already .yarn × 4.0.; remove it"):
         scale_rope(config, scaling)
+
+
+def test_a_head_that_cannot_be_called_alone_is_refused_where_it_is_needed(
+    shards, make_model, make_processor, monkeypatch, tmp_path
+):
+    def refuse(language_model):
+        raise UsageError(f"no head of {language_model.config.model_type}")
+
+    save(make_model(), make_processor(), tmp_path)
+    monkeypatch.setattr("vlm.train.build.check_head", refuse)
+    for objective in ("joint", "contrastive"):
+        stages = [{"objective": objective, "steps": 1}]
+        config = Config.model_validate({"model": {"path": str(tmp_path)}, "data": {"train": shards}, "stages": stages})
+        with pytest.raises(UsageError, match="no head of qwen3") if objective == "joint" else nullcontext():
+            build(config)
 
 
 def test_families_that_only_read_do_not_write(shards):

@@ -12,7 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vlm import linear_cross_entropy
 from vlm.losses import IGNORED
 from vlm.samples import Question, Sample
 from vlm.train import objectives
@@ -303,6 +305,37 @@ def test_nothing_to_predict_costs_nothing_and_keeps_the_gradient(objective_of, s
 
 
 # All of them
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor made within had, of those with a dimension of `size`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.elements = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and self.size in tensor.shape:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", ["joint", "clm", "mlm"])
+def test_logits_of_all_tokens_never_exist(objective_of, samples, monkeypatch, name):
+    objective, reader = objective_of(name, **({"mask_share": 0.9} if name == "mlm" else {}))
+    batch = batch_of(reader, samples * 3)
+    vocabulary, width = objective.model.language_model.get_input_embeddings().weight.shape
+    plain = objective(batch, 1.0)[0]
+    monkeypatch.setattr(linear_cross_entropy, "MOST_LOGITS", 8 * vocabulary)
+    with Largest(vocabulary) as seen:
+        loss, _ = objective(batch, 1.0)
+        loss.backward()
+    assert torch.allclose(loss, plain)
+    assert seen.elements == width * vocabulary < objective.targets(batch) * vocabulary, (
+        "the gradient of the head's weight"
+    )
 
 
 @pytest.mark.parametrize(
