@@ -21,7 +21,7 @@ PACKAGES = ("generation",)  # parts of `vlm/` that are more than a file
 # What each module of `vlm/` stands on: an import may go down or stay on its floor, never up.
 FLOORS = {
     "benchmark charts configuration errors files image_structure machine samples settings settings_faults storage wording": 0,
-    "adapters augmentation fusion images lora losses page shards vision": 1,
+    "adapters augmentation documents fusion images linear_cross_entropy lora losses page routing shards vision": 1,
     "generation model processing saving": 2,
     "api": 3,
     "__init__": 3,

@@ -27,12 +27,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from vlm.configuration import VisionConfig, VLMConfig
 from vlm.errors import UsageError
+from vlm.linear_cross_entropy import check_head
 from vlm.model import VLMModel
 from vlm.processing import VLMImageProcessor, VLMProcessor, complete_tokenizer
 from vlm.saving import read
 from vlm.vision import VisionTower, build_tower
 
-from .config import Config, TextSizes, VisionSizes
+from .config import Config, RopeScaling, TextSizes, VisionSizes
 from .tokenizer import as_transformers, train_bpe, training_texts
 
 CAPTION_PROMPT = "Describe the picture."
@@ -48,6 +49,8 @@ def build(config: Config) -> tuple[VLMModel, VLMProcessor]:
     """
     if config.model.path is not None:
         model, processor = read(config.model.path, dtype="float32")
+        if config.model.rope_scaling is not None:
+            model = _longer(model, config.model.rope_scaling)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -73,6 +76,8 @@ def _from_parts(config: Config) -> tuple[VLMModel, VLMProcessor]:
 
 
 def _check_objectives(config: Config, model: VLMModel) -> None:
+    if any(stage.objective != "contrastive" for stage in config.stages):
+        check_head(model.language_model)
     if model.config.reading == "causal":
         return
     for index, stage in enumerate(config.stages):
@@ -139,15 +144,19 @@ def _tower(fields: dict[str, Any], pretrained: bool | str) -> VisionTower:
 def _build_text(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     spec = config.model.text
     if isinstance(spec, str):
-        return pretrained_text(spec)
+        return pretrained_text(spec, config.model.rope_scaling)
     assert spec is not None
     tokenizer = complete_tokenizer(_tokenizer_from_scratch(config, spec.positions))
     text_config = family_config(spec, tokenizer)
+    if config.model.rope_scaling is not None:
+        scale_rope(text_config, config.model.rope_scaling)
     auto = _auto_class(text_config)
     return auto.from_config(text_config), tokenizer
 
 
-def pretrained_text(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def pretrained_text(
+    source: str, rope_scaling: RopeScaling | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model and its tokenizer by hub id or path, with the special tokens that it lacked.
 
     Its embeddings grow where those tokens need it; they are never cut.
@@ -155,12 +164,53 @@ def pretrained_text(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     try:
         text_config = AutoConfig.from_pretrained(source)
         tokenizer = complete_tokenizer(AutoTokenizer.from_pretrained(source))
-        model = _auto_class(text_config).from_pretrained(source, dtype=torch.float32)
+        if rope_scaling is not None:
+            scale_rope(text_config, rope_scaling)
+        model = _auto_class(text_config).from_pretrained(source, config=text_config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UsageError(f"language model {source} cannot be read: {_first_line(error)}") from error
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=VOCABULARY_TILE)
     return model, tokenizer
+
+
+def scale_rope(text_config: PreTrainedConfig, scaling: RopeScaling) -> None:
+    """Stretch a configuration's rotary positions, in place; its longest text grows by `scaling.factor`.
+
+    Where layers of several kinds have positions of their own, those of full attention are stretched: the others never see
+    far. Raises UsageError for a family without rotary positions, and for positions that are stretched already.
+    """
+    every = getattr(text_config, "rope_parameters", None) or {}
+    rope = every.get("full_attention", every)
+    if "rope_theta" not in rope:
+        raise UsageError(
+            f"model.rope_scaling: family {text_config.model_type} has no rotary positions to stretch; remove it, or choose "
+            "another family"
+        )
+    if rope["rope_type"] != "default":
+        raise UsageError(
+            f"model.rope_scaling: the positions of this {text_config.model_type} are stretched already "
+            f"({rope['rope_type']} × {rope.get('factor')}); remove it"
+        )
+    longest = text_config.max_position_embeddings
+    rope |= {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.type != "linear":
+        rope["original_max_position_embeddings"] = longest
+        if hasattr(text_config, "original_max_position_embeddings"):
+            text_config.original_max_position_embeddings = longest  # Phi-3 keeps it here, and reads it from here
+    if scaling.type == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    text_config.max_position_embeddings = round(longest * scaling.factor)
+
+
+def _longer(model: VLMModel, scaling: RopeScaling) -> VLMModel:
+    """The same weights under stretched positions, whose frequencies are computed when a model is built."""
+    config = copy.deepcopy(model.config)
+    scale_rope(config.text_config, scaling)
+    with torch.random.fork_rng(devices=[]):
+        longer = VLMModel(config)
+    longer.load_state_dict(model.state_dict())
+    return longer
 
 
 def _auto_class(text_config: PreTrainedConfig) -> Any:

@@ -237,7 +237,7 @@ def plain_model(
     if stage.lora is None:
         model.load_state_dict(weights)
         return model
-    add_lora(model.language_model, **stage.lora.model_dump())
+    add_lora(model, **stage.lora.model_dump())
     model.load_state_dict(weights)
     if adapter is not None and base is not None:
         others = {
@@ -246,5 +246,5 @@ def plain_model(
             if parameter.requires_grad and "lora_" not in name
         }
         save_lora(model, adapter, base, others)
-    merge_lora(model.language_model)
+    merge_lora(model)
     return model

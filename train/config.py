@@ -94,6 +94,15 @@ class Tokenizer(Section):
     path: str | None = Field(None, description="one that exists, Hugging Face id or path, instead")
 
 
+class RopeScaling(Section):
+    """Rotary positions stretched over longer texts, as transformers computes them."""
+
+    type: Literal["linear", "yarn", "llama3"] = Field(
+        description="linear: Chen et al. 2023; yarn: Peng et al. 2023; llama3: by wavelength, as Llama 3.1"
+    )
+    factor: float = Field(gt=1, description="how many times longer a text may be than it was")
+
+
 class Model(Section):
     """What is trained."""
 
@@ -105,6 +114,9 @@ class Model(Section):
         None, description="pretrained language model, Hugging Face id or path; or family and sizes, from scratch"
     )
     tokenizer: Tokenizer = Field(Tokenizer(), description="for a language model from scratch")
+    rope_scaling: RopeScaling | None = Field(
+        None, description="longer texts for a language model with rotary positions, e.g. {type: yarn, factor: 4}"
+    )
     adapter: Adapter = Field(Adapter(), description="how the language model looks at pictures")
     embedding_dim: PositiveInt = Field(256, description="size of the space that pictures and texts share")
 
@@ -177,8 +189,11 @@ class Lora(Section):
     alpha: PositiveFloat | None = Field(None, description="scale is alpha / r; null: 2 r")
     dropout: NonNegativeFloat = Field(0.0, description="dropout before the update")
     targets: list[str] | None = Field(
-        None, description="names or patterns of linear layers; null: all of the language model's"
+        None, description="names or patterns of linear layers; null: all of the towers' but the head"
     )
+    towers: list[Literal["text", "vision"]] = Field(["text"], min_length=1, description="whose layers: text, vision")
+    dora: bool = Field(False, description="length and direction of weights apart (DoRA, Liu et al. 2024)")
+    rslora: bool = Field(False, description="scale alpha / √r (rank-stabilised, Kalajdzievski 2023)")
 
 
 OBJECTIVE_ONLY = {
@@ -302,6 +317,9 @@ class Config(Section):
         "auto",
         description="sdpa: fused kernels; eager: plain matrix products; auto: eager on CPUs, where that is faster, for rows of "
         "up to 1024 tokens",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations layer by layer: less memory, a third more time"
     )
     compile: bool = Field(False, description="torch.compile the model: a minute to start, faster steps")
     checkpoint: Checkpoint = Field(Checkpoint(), description="resumable states")

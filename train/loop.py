@@ -44,11 +44,11 @@ from .flops import ModelFlops, peak_flops
 from .gauges import gradient_norms, look
 from .log import RunLog
 from .objectives import OBJECTIVES
-from .optimization import choose_trainable, make_optimizer, rate, set_rates
+from .optimization import choose_trainable, make_optimizer, rate, set_rates, state_bytes
 from .ranks import is_main, join, sums
 from .step import prepare
 from .stopping import StopSignal
-from .summary import training_table
+from .summary import training_table, training_totals
 from .validation import validate
 from .watch import Tally, Watch
 
@@ -173,18 +173,23 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
         with torch.random.fork_rng(devices=[]):
             # The updates are born random: the same on every rank, and in a run that begins again with this stage.
             torch.manual_seed(seed_of(config.seed, Progress(number), rank=0))
-            add_lora(model.language_model, **stage.lora.model_dump())
+            add_lora(model, **stage.lora.model_dump())
     choose_trainable(objective, stage)
-    run.log.say(f"stage {number}: {stage.objective}\n{training_table(model, stage)}")
+    in_half = ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]
+    optimizer = make_optimizer(model, stage)
+    totals = training_totals(model, stage, state_bytes(optimizer, masters=in_half))
+    run.log.say(f"stage {number}: {stage.objective}\n{training_table(model, stage)}\n{totals}")
     frozen: dict[str, Tensor] = {}
-    if is_main() and (ds_config["bf16"]["enabled"] or ds_config["fp16"]["enabled"]):
+    if is_main() and in_half:
         every = model.named_parameters(remove_duplicate=False)  # a tied weight is asked for by both its names
         frozen = {name: value.detach() for name, value in every if not value.requires_grad}
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     objective.train()
-    engine, *_ = deepspeed.initialize(model=objective, optimizer=make_optimizer(model, stage), config=ds_config)
+    engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     if config.compile:
         model.vision.compile()
-        model.language_model.compile()
+        model.language_model.base_model.compile()
     return engine, frozen
 
 
@@ -195,6 +200,14 @@ def attention_of(config: Config, stage: Stage) -> str:
     # Forward and backward of short rows on a CPU; see `vlm.adapters.CrossAttention`. Long ones would fill the memory.
     short = stage.max_tokens <= SHORT and get_accelerator().device_name() == "cpu"
     return "eager" if short else "sdpa"
+
+
+def checkpoint_activations(model: VLMModel) -> None:
+    """Keep of each layer of both towers and of the adapters only what goes in; the backward pass computes the rest anew."""
+    # transformers 5.24 gave the switch another name.
+    switch: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    switch({"use_reentrant": False})
+    model.vision.set_grad_checkpointing()
 
 
 def compilation(config: Config, log: RunLog) -> AbstractContextManager:

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from vlm.losses import count_targets, documents_right, labelled, token_cross_entropy
+from vlm.linear_cross_entropy import linear_cross_entropy
+from vlm.losses import count_targets, documents_right, labelled
 from vlm.model import VLMModel
+from vlm.routing import balances, router_loss
 
 from .config import Stage
 from .contrast import Contrast, Pairs, compared, pairs_of, replayed
@@ -110,22 +112,15 @@ class Joint(Objective):
         with replayed(plan.contrast, batch["input_ids"].device):
             states = self.model.image_states(batch["pixel_values"])
             pairs = self._pairs(states, batch) if self.compares else None
-        logits = self.model(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            document_ids=batch["document_ids"],
-            token_image=batch["token_image"],
-            image_keys_values=self.model.image_keys_values(states, batch["image_slots"]),
-        ).logits
-        predictions, labels = labelled(logits, batch["labels"], shift=True)
-        loss = token_cross_entropy(predictions, labels) / plan.mean_targets
-        logs = {"token_accuracy": (predictions.argmax(-1) == labels).sum() / plan.mean_targets}
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_ids", "token_image")}
+        inputs["image_keys_values"] = self.model.image_keys_values(states, batch["image_slots"])
+        loss, right, logs = _predict(self.model, inputs, batch["labels"], True, plan.mean_targets)
         if not self.training:
             documents = int(batch["document_ids"].max())
-            logs["documents_right"] = documents_right(logits, batch["labels"], batch["document_ids"], documents)
+            logs["documents_right"] = documents_right(right, batch["labels"], batch["document_ids"], documents)
         if pairs is not None:
             contrastive, _ = compared(pairs, plan.contrast)
-            logs |= {"token_loss": loss.detach(), "contrastive_loss": contrastive.detach()}
+            logs = {"token_loss": loss.detach()} | logs | {"contrastive_loss": contrastive.detach()}
             loss = loss + self.stage.contrastive_weight * contrastive
         return loss, logs
 
@@ -150,16 +145,11 @@ class Clm(Objective):
         return count_targets(batch["labels"], self._shift)
 
     def loss(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
-        logits = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            position_ids=batch.get("position_ids"),
-            document_ids=batch.get("document_ids"),
-            bidirectional=self.bidirectional,
-        ).logits
-        predictions, labels = labelled(logits, batch["labels"], self._shift)
-        loss = token_cross_entropy(predictions, labels) / plan.mean_targets
-        return loss, {"token_accuracy": (predictions.argmax(-1) == labels).sum() / plan.mean_targets}
+        documents = batch.get("document_ids", batch["attention_mask"].long())
+        inputs = {"input_ids": batch["input_ids"], "document_ids": documents, "bidirectional": self.bidirectional}
+        inputs |= {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+        loss, _, logs = _predict(self.model, inputs, batch["labels"], self._shift, plan.mean_targets)
+        return loss, logs
 
     @property
     def _shift(self) -> bool:
@@ -183,3 +173,22 @@ def _shared_space(model: VLMModel, stage: Stage) -> tuple[str, ...]:
     base = f"language_model.{model.language_model.base_model_prefix}."
     bias = ("logit_bias",) if stage.loss == "siglip" else ()
     return base, "image_pool.", "text_projection.", "logit_scale", *bias
+
+
+def _predict(
+    model: VLMModel, inputs: dict[str, Any], labels: Tensor, shift: bool, mean_targets: float
+) -> tuple[Tensor, Tensor, Logs]:
+    """The loss of the labelled tokens, which of them (T,) are predicted right, and numbers to log.
+
+    A mixture of experts adds its router loss, as it is: a mean over this batch's tokens.
+    """
+    text = model.config.text_config
+    output = model.states(**inputs, output_router_logits=True if balances(text) else None)
+    hidden, wanted = labelled(output.last_hidden_state, labels, shift)
+    total, right = linear_cross_entropy(model.language_model, hidden, wanted)
+    loss, logs = total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
+    if balances(text) and output.router_logits:
+        balance, busiest = router_loss(text, output.router_logits, inputs["document_ids"] > 0)
+        logs |= {"token_loss": loss.detach(), "router_loss": balance.detach(), "router_busiest": busiest}
+        loss = loss + text.router_aux_loss_coef * balance
+    return loss, right, logs

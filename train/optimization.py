@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
+from vlm.lora import TOWERS
 from vlm.model import VLMModel
 
 from .config import Stage
@@ -36,7 +37,7 @@ TABLES = (
 def choose_trainable(objective: Objective, stage: Stage) -> None:
     """Set `requires_grad` of every parameter: those that the objective reads, `train` names and `freeze` does not.
 
-    With LoRA, of the language model only the updates train. Raises UsageError for a pattern that matches nothing, and if
+    With LoRA, of its towers only the updates train. Raises UsageError for a pattern that matches nothing, and if
     nothing is left to train.
     """
     parameters = dict(objective.model.named_parameters())
@@ -48,8 +49,9 @@ def choose_trainable(objective: Objective, stage: Stage) -> None:
                     f"{field} pattern {pattern!r} matches none of {len(parameters)} parameters; their names begin with "
                     f"{', '.join(parts)}"
                 )
+    towers = tuple(f"{TOWERS[tower][0]}." for tower in stage.lora.towers) if stage.lora is not None else ()
     for name, parameter in parameters.items():
-        beside_lora = stage.lora is not None and name.startswith("language_model.") and "lora_" not in name
+        beside_lora = name.startswith(towers) and "lora_" not in name
         wanted = any(_matches(name, pattern) for pattern in stage.train)
         frozen = beside_lora or any(_matches(name, pattern) for pattern in stage.freeze)
         parameter.requires_grad_(wanted and not frozen and name.startswith(objective.reads()))
@@ -111,6 +113,16 @@ def _muon(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         else:
             group["betas"] = BETAS
     return MuonWithAuxAdam(groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True})
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, masters: bool) -> int:
+    """Bytes of float32 that `optimizer` keeps over all ranks: two moments, or Muon's one; and weights where those that
+    train have `masters`."""
+    numbers = 0
+    for group in optimizer.param_groups:
+        kept = (1 if group.get("use_muon") else 2) + masters
+        numbers += kept * sum(parameter.numel() for parameter in group["params"])
+    return 4 * numbers
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:

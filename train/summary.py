@@ -41,6 +41,16 @@ def training_table(model: nn.Module, stage: Stage) -> str:
     return _aligned([HEADINGS, *rows])
 
 
+def training_totals(model: nn.Module, stage: Stage, state_bytes: int) -> str:
+    """How much trains, what the optimizer keeps for it over all ranks, and, with LoRA, what its adapter folder will hold."""
+    whole, adapter = _Part(), 0
+    for name, parameter in model.named_parameters():
+        whole.add(parameter)
+        adapter += 4 * parameter.numel() if "lora_" in name or parameter.requires_grad else 0
+    told = f"trains {whole.trainable:,} of {whole.total:,} parameters; optimizer state {state_bytes:,} bytes"
+    return told + (f"; adapter {adapter:,} bytes" if stage.lora is not None else "")
+
+
 def _row(name: str, part: _Part, stage: Stage) -> tuple[str, ...]:
     if part.trainable == 0:
         trainable = "frozen"

@@ -43,7 +43,7 @@ def validate(engine: DeepSpeedEngine, batches: Sequence[Batch]) -> dict[str, Any
     means = sums([total / parts for total in totals.values()], device)
     result: dict[str, Any] = dict(zip(totals, means, strict=True))
     if objective.stage.objective in ("clm", "mlm"):
-        result["perplexity"] = float(torch.tensor(result["loss"]).exp())
+        result["perplexity"] = float(torch.tensor(result.get("token_loss", result["loss"])).exp())
     right, asked = merged(right), merged(asked)
     if asked:
         result["accuracy"] = {kind: right[kind] / asked[kind] for kind in sorted(asked)}

@@ -52,7 +52,7 @@ def load(
     model, processor = read(path, dtype)
     if adapter is not None:
         load_lora(model, adapter)
-        merge_lora(model.language_model)
+        merge_lora(model)
     return VLM(model.to(place), processor)
 
 

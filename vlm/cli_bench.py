@@ -70,7 +70,7 @@ def bench_decode_command(
 @bench.command("train")
 def bench_train_command(
     against: Annotated[
-        str | None, typer.Option(help="open_clip, idefics, padded (default: these), or gradcache, which is memory")
+        str | None, typer.Option(help="open_clip, idefics, padded (default: these); gradcache or long: memory")
     ] = None,
     rounds: Rounds = 3,
     out: Out = None,

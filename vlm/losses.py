@@ -1,7 +1,8 @@
-"""What training minimises: token cross-entropy, contrastive losses over all ranks, and how text is masked for MLM.
+"""What training minimises: contrastive losses over all ranks, which tokens are predicted, and how text is masked for MLM.
 
 Knows tensors and the process group. Knows nothing of models, batches on disk, or optimizers. Losses are sums over what
-this rank holds, in float32; who averages them, and over what, is the caller's to say.
+this rank holds, in float32; who averages them, and over what, is the caller's to say. Token cross-entropy has a file of
+its own, `linear_cross_entropy.py`.
 
 Shapes: B rows, L tokens, V vocabulary, T labelled tokens, n pairs of this rank, N pairs of all ranks, E embedding size.
 """
@@ -20,16 +21,16 @@ IGNORED = -100
 # Tokens
 
 
-def labelled(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    """Predictions (T, V) in float32 and labels (T,) of the labelled tokens of logits (B, L, V) and labels (B, L).
+def labelled(states: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """States (T, …) from which the labelled tokens are predicted, and labels (T,), of states (B, L, …) and labels (B, L).
 
     labels are aligned with the input, -100 where nothing is to be predicted. shift: a token is predicted from the
     position before it, as decoders do (for MLM too: LLM2Vec, BehnamGhader et al. 2024); else in its own place.
     """
     if shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        states, labels = states[:, :-1], labels[:, 1:]
     chosen = labels != IGNORED
-    return logits[chosen].float(), labels[chosen]
+    return states[chosen], labels[chosen]
 
 
 def count_targets(labels: Tensor, shift: bool) -> int:
@@ -37,17 +38,15 @@ def count_targets(labels: Tensor, shift: bool) -> int:
     return int((labels[:, 1:] if shift else labels).ne(IGNORED).sum())
 
 
-def token_cross_entropy(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Sum of -log softmax(predictions)[label] over T tokens; 0, with its gradient connected, where T is 0."""
-    return F.cross_entropy(predictions, labels, reduction="sum")
+def documents_right(right: Tensor, labels: Tensor, document_ids: Tensor, documents: int) -> Tensor:
+    """(B, documents) bool: whether every labelled token of document 1, 2, … of a row is predicted right.
 
-
-def documents_right(logits: Tensor, labels: Tensor, document_ids: Tensor, documents: int) -> Tensor:
-    """(B, documents) bool: whether every labelled token of document 1, 2, … of a row is predicted right (shifted)."""
+    right (T,), bool: of each labelled token in the order of `labelled`, shifted. labels, document_ids: (B, L).
+    """
     labels, document_ids = labels[:, 1:], document_ids[:, 1:]
-    wrong = (logits[:, :-1].argmax(-1) != labels) & (labels != IGNORED)
     faults = torch.zeros(len(labels), documents + 1, dtype=torch.long, device=labels.device)
-    return faults.scatter_add_(1, document_ids, wrong.long())[:, 1:] == 0
+    wrong = torch.zeros_like(labels).masked_scatter_(labels != IGNORED, (~right).long())
+    return faults.scatter_add_(1, document_ids, wrong)[:, 1:] == 0
 
 
 # Masked language modelling

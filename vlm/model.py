@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationM
 
 from vlm.adapters import AttentionPool, CrossAttention, FeedForward, GatedCrossAttention, PerceiverResampler
 from vlm.configuration import AdapterConfig, VLMConfig
+from vlm.documents import document_mask, document_positions, one_document_each
 from vlm.errors import UsageError
 from vlm.fusion import Visual, attach, check_carries_keywords, decoder_layers
 from vlm.vision import VisionTower, build_tower, grid_positions
@@ -169,6 +170,47 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
         Returns the language model's own output: logits (B, L, V), past_key_values, …; `loss` where labels are given.
         """
+        inputs = self._inputs(
+            input_ids,
+            attention_mask,
+            position_ids,
+            pixel_values,
+            image_slots,
+            token_image,
+            image_keys_values,
+            document_ids,
+            bidirectional,
+        )
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            kwargs["logits_to_keep"] = logits_to_keep
+        output = self.language_model(**inputs, **kwargs)
+        if labels is not None:
+            output.loss = self._loss(output.logits, labels, bidirectional)
+        return output
+
+    def states(self, input_ids: Tensor, *, output_router_logits: bool | None = None, **inputs: Any) -> Any:
+        """What `forward` does without the head: the base model's output, with last_hidden_state (B, L, C).
+
+        inputs: those of `forward`. output_router_logits: also router_logits, (B·L, experts) of each layer with experts.
+        """
+        told = {} if output_router_logits is None else {"output_router_logits": output_router_logits}
+        return self.language_model.base_model(**self._inputs(input_ids, **inputs), **told)
+
+    def _inputs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_slots: Tensor | None = None,
+        token_image: Tensor | None = None,
+        image_keys_values: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        bidirectional: bool = False,
+    ) -> dict[str, Any]:
+        """The language model's keywords for the arguments of `forward`."""
+        inputs: dict[str, Any] = {"input_ids": input_ids}
+        mask: Tensor | dict[str, Tensor] | None = attention_mask
         if image_keys_values is None and pixel_values is not None:
             if image_slots is None:
                 image_slots = self.image_slots(input_ids, len(pixel_values))
@@ -176,21 +218,15 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         if image_keys_values is not None:
             if token_image is None:
                 token_image = self.token_image(input_ids)
-            kwargs["visual"] = self._visual(image_keys_values, token_image)
-        mask: Tensor | dict[str, Tensor] | None = attention_mask
+            inputs["visual"] = self._visual(image_keys_values, token_image)
         if document_ids is not None or bidirectional:
             if document_ids is None:
                 document_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             mask = self._attention_mask(document_ids, bidirectional)
             position_ids = document_positions(document_ids) if position_ids is None else position_ids
         if position_ids is not None:
-            kwargs["position_ids"] = position_ids + self._first_position
-        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
-            kwargs["logits_to_keep"] = logits_to_keep
-        output = self.language_model(input_ids=input_ids, attention_mask=mask, **kwargs)
-        if labels is not None:
-            output.loss = self._loss(output.logits, labels, bidirectional)
-        return output
+            inputs["position_ids"] = position_ids + self._first_position
+        return inputs | {"attention_mask": mask}
 
     def _visual(self, image_keys_values: Tensor, token_image: Tensor) -> Visual:
         sees = token_image >= 0
@@ -216,32 +252,32 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             return embeddings.padding_idx + 1
         return 0
 
-    def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor | dict[str, Tensor]:
-        """(B, 1, L, L): a token attends within its document, to the past only unless bidirectional, and always to itself.
+    def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor | dict[str, Tensor] | None:
+        """The mask of `vlm.documents`, in the form that the attention takes; None where the family's own reading is right.
 
         A family with sliding windows keeps them; where only some layers have one, there is a mask for each kind of layer.
         """
-        length = document_ids.shape[1]
-        steps = torch.arange(length, device=document_ids.device)
-        back = steps[:, None] - steps[None, :]  # (L, L): how far before a token another one stands
-        allowed = (document_ids[:, :, None] == document_ids[:, None, :]) & (document_ids[:, None, :] > 0)
-        causal = self.config.reading == "causal"
-        if causal and not bidirectional:
-            allowed = allowed & (back >= 0)
-        allowed = allowed | (back == 0)
+        length, masked = document_ids.shape[1], self.config.reading == "masked"
+        causal = not bidirectional and not masked
+        if (causal or masked) and one_document_each(document_ids):
+            # In causal reading what fills up a row stands behind all that could attend to it.
+            return None if causal else (document_ids > 0).long()
+        allowed = document_mask(document_ids, causal)
         text = self.language_model.config.get_text_config()
         kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
         # A decoder's window says how far back it looks; one that reads both ways is given its whole document.
-        if not window or length <= window or (causal and bidirectional) or (kinds and "sliding_attention" not in kinds):
+        if not window or length <= window or not (causal or masked) or (kinds and "sliding_attention" not in kinds):
             return self._as_mask(allowed)
+        steps = torch.arange(length, device=document_ids.device)
+        back = steps[:, None] - steps[None, :]  # (L, L): how far before a token another one stands
         within = self._as_mask(allowed & (back < window if causal else back.abs() <= window))
         return {"full_attention": self._as_mask(allowed), "sliding_attention": within} if kinds else within
 
     def _as_mask(self, allowed: Tensor) -> Tensor:
-        """(B, L, L), True where a token may attend -> (B, 1, L, L), as the language model's attention takes it."""
-        allowed = allowed[:, None]
+        """(B, 1, L or 1, L), True where a token may attend, as the language model's attention takes it."""
         if self.language_model.config._attn_implementation == "sdpa":
             return allowed
+        allowed = allowed.expand(-1, -1, allowed.shape[-1], -1)
         return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
 
     def _loss(self, logits: Tensor, labels: Tensor, bidirectional: bool) -> Tensor:
@@ -338,14 +374,6 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             )
             for key, adapter in adapters
         }
-
-
-def document_positions(document_ids: Tensor) -> Tensor:
-    """(B, L) -> (B, L): how many tokens of the same document stand before each token of a packed row."""
-    steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return steps - torch.where(starts, steps, 0).cummax(dim=1).values
 
 
 def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, image_width: int) -> GatedCrossAttention:

@@ -70,13 +70,13 @@ def test_decoding_defaults_are_saved(folder):
 def test_an_adapter_is_put_onto_its_base_and_merged(folder, tmp_path):
     trained = vlm.load(folder).model
     base = base_hash(trained.state_dict())
-    add_lora(trained.language_model, r=2)
+    add_lora(trained, r=2)
     with torch.no_grad():
         for name, parameter in trained.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     save_lora(trained, tmp_path / "adapter", base, {})
-    merge_lora(trained.language_model)
+    merge_lora(trained)
     again = vlm.load(folder, adapter=tmp_path / "adapter").model.state_dict()
     assert set(again) == set(trained.state_dict()), "nothing of the update is left beside the weights"
     for name, value in trained.state_dict().items():

@@ -10,7 +10,7 @@ import transformers as hf
 from peft import LoraConfig, inject_adapter_in_model
 
 import vlm
-from vlm.model import document_positions
+from vlm.documents import document_positions
 from vlm.vision import build_tower
 
 OWN_NAMES = """

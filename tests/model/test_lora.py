@@ -12,7 +12,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import vlm
-from vlm.lora import add_lora, base_hash, has_lora, linear_layers, load_lora, merge_lora, save_lora
+from vlm.lora import (
+    add_lora,
+    base_hash,
+    has_lora,
+    linear_layers,
+    load_lora,
+    merge_lora,
+    save_lora,
+    unmerge_lora,
+)
 
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])  # Conv1D, grouped linears, an encoder
 GATE = "adapters.1.attention_gate"
@@ -33,13 +42,18 @@ def logits(model: vlm.VLMModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def trained(model: vlm.VLMModel, **options: object) -> vlm.VLMModel:
     """The model with updates that are no longer zero."""
-    add_lora(model.language_model, r=4, **options)
+    add_lora(model, r=4, **options)
+    stir(model)
+    return model
+
+
+def stir(model: vlm.VLMModel) -> None:
+    """Give the updates some value."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
+            if "lora_B" in name or "lora_magnitude" in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def updated(model: vlm.VLMModel) -> set[str]:
@@ -52,15 +66,15 @@ def updated(model: vlm.VLMModel) -> set[str]:
 def test_a_new_update_changes_no_bit(kind, make_model, batch):
     model = make_model(kind, gate_init=1.0)
     before = logits(model, batch)
-    add_lora(model.language_model, r=4, dropout=0.5)
-    assert has_lora(model.language_model) and torch.equal(logits(model.eval(), batch), before)
+    add_lora(model, r=4, dropout=0.5)
+    assert has_lora(model) and torch.equal(logits(model.eval(), batch), before)
 
 
 @KINDS
 def test_the_updates_alone_train(kind, make_model, batch):
     model = make_model(kind, gate_init=1.0)
-    layers = linear_layers(model.language_model)
-    add_lora(model.language_model, r=2)
+    layers = linear_layers(model)
+    add_lora(model, r=2)
     model(**batch, labels=batch["input_ids"]).loss.backward()
     learning = {name for name, parameter in model.language_model.named_parameters() if parameter.grad is not None}
     assert learning == {f"{layer}.lora_{side}.default.weight" for layer in layers for side in "AB"}
@@ -70,7 +84,7 @@ def test_the_updates_alone_train(kind, make_model, batch):
 def test_the_head_takes_none(kind, make_model):
     model = make_model(kind)
     head = model.language_model.get_output_embeddings()
-    add_lora(model.language_model, r=2)
+    add_lora(model, r=2)
     assert model.language_model.get_output_embeddings() is head
     assert not [name for name in updated(model) if model.language_model.get_submodule(name) is head]
 
@@ -82,29 +96,31 @@ def test_merged_is_the_same_model_under_the_old_names(kind, make_model, batch):
     trained(model)
     apart = logits(model, batch)
     assert (apart - born).abs().max() > 1e-2
-    merge_lora(model.language_model)
+    merge_lora(model)
     torch.testing.assert_close(logits(model, batch), apart, rtol=1e-5, atol=1e-5)
-    assert list(model.state_dict()) == names and not has_lora(model.language_model)
+    assert list(model.state_dict()) == names and not has_lora(model)
 
 
 def test_after_a_merge_another_may_be_added(make_model, batch):
     model = trained(make_model(gate_init=1.0))
-    merge_lora(model.language_model)
+    merge_lora(model)
     merged = logits(model, batch)
-    add_lora(model.language_model, r=2, targets=["q_proj"])
+    add_lora(model, r=2, targets=["q_proj"])
     assert torch.equal(logits(model, batch), merged)
 
 
-@pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (6.0, 1.5)])
-def test_alpha_over_r_scales_the_update(alpha, scale, make_model):
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "scale"), [(None, False, 2.0), (6.0, False, 1.5), (None, True, 4.0), (6.0, True, 3.0)]
+)
+def test_alpha_over_r_or_its_root_scales_the_update(alpha, rslora, scale, make_model):
     model = make_model("llama")
-    add_lora(model.language_model, r=4, alpha=alpha, targets=["model.layers.1.self_attn.q_proj"])
+    add_lora(model, r=4, alpha=alpha, rslora=rslora, targets=["model.layers.1.self_attn.q_proj"])
     layer = model.language_model.model.layers[1].self_attn.q_proj
     before = layer.base_layer.weight.clone()
     with torch.no_grad():
         layer.lora_B.default.weight.normal_()
     expected = before + scale * layer.lora_B.default.weight @ layer.lora_A.default.weight
-    merge_lora(model.language_model)
+    merge_lora(model)
     torch.testing.assert_close(model.language_model.model.layers[1].self_attn.q_proj.weight, expected)
 
 
@@ -121,7 +137,7 @@ def test_alpha_over_r_scales_the_update(alpha, scale, make_model):
 )  # fmt: skip
 def test_targets_are_names_or_patterns(kind, targets, expected, make_model):
     model = make_model(kind)
-    add_lora(model.language_model, r=2, targets=targets)
+    add_lora(model, r=2, targets=targets)
     assert updated(model) == set(expected)
 
 
@@ -129,10 +145,107 @@ def test_targets_are_names_or_patterns(kind, targets, expected, make_model):
 def test_a_target_that_matches_nothing_is_refused(target, make_model):
     model = make_model("llama")
     with pytest.raises(vlm.UsageError) as refusal:
-        add_lora(model.language_model, r=2, targets=["q_proj", target])
+        add_lora(model, r=2, targets=["q_proj", target])
     assert f"lora target {target!r} matches none of 21 linear layers" in str(refusal.value)
     assert "'down_proj', 'gate_proj'" in str(refusal.value) and "\n" not in str(refusal.value)
-    assert not has_lora(model.language_model)
+    assert not has_lora(model)
+
+
+# Variants
+
+VARIANTS = pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"dora": True}),
+        ("gpt2", {"dora": True, "rslora": True}),
+        ("qwen2", {"towers": ["text", "vision"]}),
+        ("bert", {"towers": ["vision"], "dora": True}),
+    ],
+)
+
+
+@VARIANTS
+def test_variants_are_born_as_nothing_merge_and_come_off_again(kind, options, make_model, batch):
+    model = make_model(kind, gate_init=1.0)
+    names, before = list(model.state_dict()), logits(model, batch)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    add_lora(model, r=4, **options)
+    torch.testing.assert_close(logits(model, batch), before, rtol=1e-5, atol=1e-6)
+    stir(model)
+    apart = logits(model, batch)
+    assert (apart - before).abs().max() > 1e-3
+    merge_lora(model, keep=True)
+    torch.testing.assert_close(logits(model, batch), apart, rtol=1e-5, atol=1e-5)
+    unmerge_lora(model)
+    assert torch.allclose(logits(model, batch), apart, rtol=1e-4, atol=1e-5)
+    for name, value in model.state_dict().items():
+        if "lora_" not in name:
+            torch.testing.assert_close(value, weights[name.replace("base_layer.", "")], rtol=1e-5, atol=1e-6)
+    merge_lora(model)
+    torch.testing.assert_close(logits(model, batch), apart, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == names and not has_lora(model)
+
+
+@VARIANTS
+def test_variants_are_saved_and_come_back_exactly(kind, options, make_model, batch, tmp_path):
+    model = make_model(kind, gate_init=1.0)
+    base = base_hash(model.state_dict())
+    trained(model, **options)
+    save_lora(model, tmp_path / "adapter", base, {})
+    written = {str(path.relative_to(tmp_path / "adapter")) for path in tmp_path.rglob("adapter_model.safetensors")}
+    places = {"text": "adapter_model.safetensors", "vision": "vision/adapter_model.safetensors"}
+    assert written == {places[tower] for tower in options.get("towers", ["text"])}
+    again = make_model(kind, gate_init=1.0)
+    load_lora(again, tmp_path / "adapter")
+    assert torch.equal(logits(again.eval(), batch), logits(model, batch))
+
+
+def test_dora_is_its_formula(make_model):
+    """Liu et al. 2024, equation 5: a length for each output times the direction of the updated weight."""
+    model = make_model("llama")
+    add_lora(model, r=4, targets=["model.layers.1.self_attn.q_proj"], dora=True)
+    stir(model)
+    layer = model.language_model.model.layers[1].self_attn.q_proj
+    direction = layer.base_layer.weight + 2.0 * layer.lora_B.default.weight @ layer.lora_A.default.weight
+    length = layer.lora_magnitude_vector.default.weight
+    expected = length[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    merge_lora(model)
+    torch.testing.assert_close(model.language_model.model.layers[1].self_attn.q_proj.weight, expected)
+
+
+@pytest.mark.parametrize("language", ["llama", "gpt2"])
+def test_peft_reads_a_dora_folder(language, make_model, batch, tmp_path):
+    from peft import PeftModel
+
+    ours = trained(make_model(language), dora=True)
+    save_lora(ours, tmp_path / "adapter", "", {})
+    theirs = PeftModel.from_pretrained(make_model(language).language_model, str(tmp_path / "adapter")).eval()
+    words = {"input_ids": batch["input_ids"]}
+    with torch.no_grad():
+        assert torch.equal(theirs(**words).logits, ours.eval().language_model(**words).logits)
+
+
+def test_a_vision_tower_takes_updates_where_its_pictures_pass(make_model):
+    tiny = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    plain = make_model("llama")
+    layers = [f"trunk.blocks.{n}.{name}" for n in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    assert linear_layers(plain, "vision") == layers
+    eva = {"name": "timm:eva02_tiny_patch14_224", "image_size": (32, 32), "kwargs": tiny}
+    past = make_model("llama", vision=eva)
+    names = {name for name, module in past.vision.named_modules() if isinstance(module, torch.nn.Linear)}
+    skipped = names - set(linear_layers(past, "vision"))
+    assert skipped == {"trunk.blocks.0.attn.q_proj"} or skipped == {"trunk.blocks.0.attn.qkv"}
+
+
+def test_a_tower_that_no_target_names_is_refused(make_model):
+    model = make_model("llama")
+    with pytest.raises(
+        vlm.UsageError, match="targets .'q_proj'. match none of 8 linear layers of tower vision; .*'qkv'"
+    ):
+        add_lora(model, r=2, targets=["q_proj"], towers=["text", "vision"])
+    assert not has_lora(model)
+    add_lora(model, r=2, targets=["q_proj", "qkv"], towers=["text", "vision"])
+    assert has_lora(model)
 
 
 # On disk
@@ -189,7 +302,7 @@ def test_another_base_is_refused_by_its_hash(saved, make_model):
     found, wanted = base_hash(other.state_dict())[:12], json.loads((saved / "base.json").read_text())["sha256"][:12]
     with pytest.raises(vlm.UsageError, match=f"with weights {wanted}…, this one has {found}…; load it onto") as refusal:
         load_lora(other, saved)
-    assert "\n" not in str(refusal.value) and not has_lora(other.language_model)
+    assert "\n" not in str(refusal.value) and not has_lora(other)
 
 
 def changed(folder: Path, file: str, change) -> None:

@@ -60,6 +60,6 @@ def test_memory_of_a_cut_batch(tmp_path):
 
 def test_another_peer_is_refused_by_name():
     with pytest.raises(
-        UsageError, match="there is no llava to measure against; use one of open_clip, idefics, padded, gradcache"
+        UsageError, match="there is no llava to measure against; use one of open_clip, idefics, padded, gradcache, long"
     ):
         bench_train("llava")

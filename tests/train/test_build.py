@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vlm.errors import UsageError
-from vlm.saving import save
+from vlm.saving import read, save
 from vlm.shards import ShardWriter
-from vlm.train.build import build, build_vision, family_config, pretrained_text
-from vlm.train.config import Config, Stage, TextSizes, VisionSizes
+from vlm.train.build import build, build_vision, family_config, pretrained_text, scale_rope
+from vlm.train.config import Config, RopeScaling, Stage, TextSizes, VisionSizes
 from vlm.train.summary import training_table
 
 SIZES = {"width": 32, "depth": 3, "heads": 4, "positions": 96}
@@ -200,6 +201,90 @@ def test_saved_model_goes_on(shards, make_model, make_processor, tmp_path):
 def test_text_that_is_not_there(shards, source, words, tmp_path):
     with pytest.raises(UsageError, match=words):
         pretrained_text(source or str(tmp_path))
+
+
+# Longer texts
+
+YARN = {"type": "yarn", "factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_stretched_positions_are_those_of_transformers(shards, text_folder, kind):
+    """The judge is the language model that transformers makes of the same settings, as its documentation writes them."""
+    scaling = {"type": kind, "factor": 4.0}
+    text = build(config_of(shards, text=text_folder, tokenizer={}, rope_scaling=scaling))[0].language_model
+    rope = {"rope_theta": 10000.0, "rope_type": kind, "factor": 4.0}
+    rope |= {"original_max_position_embeddings": 256} if kind != "linear" else {}
+    rope |= LLAMA3 if kind == "llama3" else {}
+    untouched = AutoConfig.from_pretrained(text_folder, rope_parameters=rope, max_position_embeddings=1024)
+    expected = AutoModelForCausalLM.from_pretrained(text_folder, config=untouched).eval()
+    ids = torch.arange(6, 106)[None]
+    with torch.no_grad():
+        found, plain = (model.eval()(ids).logits for model in (text, pretrained_text(text_folder)[0]))
+        assert torch.equal(found, expected(ids).logits) and not torch.allclose(found, plain, rtol=1e-2)
+
+
+def test_stretched_positions_from_scratch_and_from_a_saved_model(shards, make_model, make_processor, tmp_path):
+    scratch = build(config_of(shards, rope_scaling=YARN))[0]
+    assert scratch.max_tokens == 4 * SIZES["positions"]
+    before = make_model("llama", gate_init=0.5)
+    save(before, make_processor(), tmp_path / "model")
+    data = {"data": {"train": shards}, "stages": STAGES}
+    after, processor = build(
+        Config.model_validate({"model": {"path": str(tmp_path / "model"), "rope_scaling": YARN}} | data)
+    )
+    assert after.max_tokens == 4 * before.max_tokens
+    weights = before.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in after.state_dict().items())
+    save(after, processor, tmp_path / "longer")
+    again, _ = read(tmp_path / "longer")
+    ids = torch.arange(6, 106)[None]
+    with torch.no_grad():
+        logits = [model.eval()(ids).logits for model in (before, after, again)]
+    assert torch.equal(logits[1], logits[2]) and not torch.allclose(logits[0], logits[1], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [
+        ("gpt2", "model.rope_scaling: family gpt2 has no rotary positions to stretch"),
+        ("bert", "model.rope_scaling: family bert has no rotary positions to stretch"),
+    ],
+)
+def test_positions_that_cannot_be_stretched(make_text_config, language, words):
+    with pytest.raises(UsageError, match=words):
+        scale_rope(make_text_config(language), RopeScaling.model_validate(YARN))
+
+
+def test_layers_that_never_see_far_keep_their_positions(make_text_config):
+    config = make_text_config("gemma3_text")
+    scale_rope(config, RopeScaling.model_validate(YARN))
+    rope = config.rope_parameters
+    assert rope["full_attention"]["rope_type"] == "yarn" and rope["sliding_attention"]["rope_type"] == "default"
+
+
+def test_positions_are_stretched_once(make_text_config):
+    config, scaling = make_text_config("phi3"), RopeScaling.model_validate(YARN)
+    scale_rope(config, scaling)
+    assert config.rope_parameters["original_max_position_embeddings"] == config.original_max_position_embeddings == 256
+    with pytest.raises(UsageError, match="of this phi3 are stretched already .yarn × 4.0.; remove it"):
+        scale_rope(config, scaling)
+
+
+def test_a_head_that_cannot_be_called_alone_is_refused_where_it_is_needed(
+    shards, make_model, make_processor, monkeypatch, tmp_path
+):
+    def refuse(language_model):
+        raise UsageError(f"no head of {language_model.config.model_type}")
+
+    save(make_model(), make_processor(), tmp_path)
+    monkeypatch.setattr("vlm.train.build.check_head", refuse)
+    for objective in ("joint", "contrastive"):
+        stages = [{"objective": objective, "steps": 1}]
+        config = Config.model_validate({"model": {"path": str(tmp_path)}, "data": {"train": shards}, "stages": stages})
+        with pytest.raises(UsageError, match="no head of qwen3") if objective == "joint" else nullcontext():
+            build(config)
 
 
 def test_families_that_only_read_do_not_write(shards):

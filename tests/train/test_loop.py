@@ -15,8 +15,10 @@ from vlm.errors import RunError, UsageError
 from vlm.lora import load_lora, merge_lora
 from vlm.saving import read, save
 from vlm.shards import Shards
+from vlm.train import loop
 from vlm.train.batches import READERS, MicroBatches
 from vlm.train.config import load_config
+from vlm.train.log import RunLog
 from vlm.train.loop import attention_of
 from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import rate
@@ -330,8 +332,54 @@ def test_the_base_with_its_adapter_is_the_merged_model(run, save_model, tmp_path
     expected = merged(ids, pixel_values=pixels).logits
     assert torch.allclose(model(ids, pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(alone, expected, rtol=1e-3, atol=1e-3)
-    merge_lora(model.language_model)
+    merge_lora(model)
     assert same(model.state_dict(), merged.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+def test_lora_on_both_towers_under_zero_3_is_that_of_one_process(run, base):
+    """With nothing held whole: dora reads weights past their layers."""
+    stage = LORA | {"steps": 3, "lora": {"r": 2, "dora": True, "rslora": True, "towers": ["text", "vision"]}}
+    split = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    plain, left = run(stage, into="plain"), run(stage, zero=3, deepspeed=split)
+    assert np.allclose(left.losses, plain.losses, rtol=1e-4)
+    assert same(left.weights(), plain.weights(), rtol=1e-2, atol=1e-4)
+    model, _ = read(base)
+    before = model.state_dict()
+    moved = {name for name, value in left.weights().items() if not torch.equal(value, before[name])}
+    assert any(name.startswith("vision.trunk.blocks") for name in moved) and "vision.trunk.pos_embed" not in moved
+    load_lora(model, left.out / "adapter")
+    merge_lora(model)
+    assert same(model.state_dict(), left.weights(), rtol=1e-4, atol=1e-6)
+    files = [load_file(path) for path in (left.out / "adapter").rglob("*.safetensors")]
+    sizes = [value.nbytes for file in files for value in file.values()]
+    assert len(files) == 3 and min(sizes) > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_log_says_what_trains_and_what_it_takes(run, base, monkeypatch, optimizer):
+    """Beside the optimizer's own tensors, and those in the adapter folder."""
+    kept: list[int] = []
+    said: list[str] = []
+    monkeypatch.setattr(RunLog, "say", lambda log, text: said.append(text))
+
+    def seen(engine, *given):
+        states = engine.optimizer.state.values()
+        tensors = [value for state in states for value in state.values() if torch.is_tensor(value) and value.ndim]
+        kept.append(sum(value.nbytes for value in tensors))
+        return leave(engine, *given)
+
+    leave = loop.full_weights
+    monkeypatch.setattr(loop, "full_weights", seen)
+    left = run(LORA | {"optimizer": optimizer, "lora": {"r": 2, "dora": True}, "freeze": ["vision"]})
+    files = [load_file(path) for path in (left.out / "adapter").rglob("*.safetensors")]
+    tensors = [value for file in files for value in file.values()]
+    trains, held = sum(value.numel() for value in tensors), sum(value.nbytes for value in tensors)
+    whole = sum(parameter.numel() for parameter in read(base)[0].parameters())
+    total = whole + sum(
+        value.numel() for value in load_file(left.out / "adapter" / "adapter_model.safetensors").values()
+    )
+    words = f"trains {trains:,} of {total:,} parameters; optimizer state {kept[0]:,} bytes; adapter {held:,} bytes"
+    assert any(words in text for text in said), said
 
 
 def test_an_adapter_refuses_another_base(run, make_model, base):

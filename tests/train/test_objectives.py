@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vlm import linear_cross_entropy
 from vlm.losses import IGNORED
 from vlm.samples import Question, Sample
 from vlm.train import objectives
 from vlm.train.batches import READERS
 from vlm.train.config import Stage
+from vlm.train.loop import checkpoint_activations
 from vlm.train.objectives import OBJECTIVES, Plan
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -228,7 +231,45 @@ def test_clm_is_the_language_models_own_loss(objective_of, samples, causal_famil
     own = objective.model.language_model(
         batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
     )
-    assert torch.allclose(objective(batch, Plan(objective.targets(batch)))[0], own.loss, **CLOSE)
+    loss, logs = objective(batch, Plan(objective.targets(batch)))
+    assert torch.allclose(logs.get("token_loss", loss), own.loss, **CLOSE), "a mixture of experts adds its router loss"
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("language", ["mixtral", "qwen3_moe", "olmoe"])
+def test_the_router_loss_is_transformers_own(objective_of, samples, language, checkpointed):
+    objective, reader = objective_of("clm", language)
+    batch = batch_of(reader, samples)
+    assert not batch["attention_mask"].bool().all(), "padding does not count"
+    inputs = {"attention_mask": batch["attention_mask"], "labels": batch["labels"], "output_router_logits": True}
+    own = objective.model.language_model(batch["input_ids"], **inputs)
+    expected = gradients(objective, own.loss)
+    if checkpointed:
+        checkpoint_activations(objective.model.train())
+    loss, logs = objective(batch, Plan(objective.targets(batch)))
+    found = gradients(objective, loss)
+    assert torch.allclose(loss, own.loss, **CLOSE) and torch.allclose(logs["router_loss"], own.aux_loss, **CLOSE)
+    coefficient = objective.model.config.text_config.router_aux_loss_coef
+    assert torch.allclose(logs["token_loss"], own.loss - coefficient * own.aux_loss, **CLOSE)
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
+    assert any(name.endswith("gate.weight") for name in found)
+
+
+def test_joint_has_the_router_loss_of_all_its_documents(objective_of, samples):
+    objective, reader = objective_of("joint", "mixtral", contrastive_weight=0.5)
+    batch = batch_of(reader, samples)
+    loss, logs = objective(batch, Plan(7.0))
+    coefficient = objective.model.config.text_config.router_aux_loss_coef
+    parts = logs["token_loss"] + coefficient * logs["router_loss"] + 0.5 * logs["contrastive_loss"]
+    assert coefficient > 0 and torch.allclose(loss, parts)
+    assert 2 / 4 <= float(logs["router_busiest"]) <= 1
+
+
+def test_a_router_without_a_loss_is_left_alone(objective_of, samples):
+    objective, reader = objective_of("clm", "mixtral")
+    objective.model.config.text_config.router_aux_loss_coef = 0.0
+    assert "router_loss" not in objective(batch_of(reader, samples), Plan(1.0))[1]
 
 
 @pytest.mark.parametrize("language", ["llama", "gpt2", "opt"])
@@ -264,6 +305,37 @@ def test_nothing_to_predict_costs_nothing_and_keeps_the_gradient(objective_of, s
 
 
 # All of them
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor made within had, of those with a dimension of `size`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.elements = size, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **kwargs or {})
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor) and self.size in tensor.shape:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", ["joint", "clm", "mlm"])
+def test_logits_of_all_tokens_never_exist(objective_of, samples, monkeypatch, name):
+    objective, reader = objective_of(name, **({"mask_share": 0.9} if name == "mlm" else {}))
+    batch = batch_of(reader, samples * 3)
+    vocabulary, width = objective.model.language_model.get_input_embeddings().weight.shape
+    plain = objective(batch, 1.0)[0]
+    monkeypatch.setattr(linear_cross_entropy, "MOST_LOGITS", 8 * vocabulary)
+    with Largest(vocabulary) as seen:
+        loss, _ = objective(batch, 1.0)
+        loss.backward()
+    assert torch.allclose(loss, plain)
+    assert seen.elements == width * vocabulary < objective.targets(batch) * vocabulary, (
+        "the gradient of the head's weight"
+    )
 
 
 @pytest.mark.parametrize(

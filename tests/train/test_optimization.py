@@ -25,7 +25,7 @@ def choose(make_model):
     def chosen(stage: Stage, family: str = "qwen3", **adapter):
         model = make_model(family, **adapter)
         if stage.lora is not None:
-            add_lora(model.language_model, **stage.lora.model_dump())
+            add_lora(model, **stage.lora.model_dump())
         choose_trainable(OBJECTIVES[stage.objective](model, stage), stage)
         return model, {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
