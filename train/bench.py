@@ -176,7 +176,7 @@ def bench_open_clip(rounds: int, model: Mapping[str, Any] = CONTRASTIVE, batch: 
 def bench_idefics(rounds: int, model: Mapping[str, Any] = JOINT, batch: int = 8, words: int = 48) -> list[Row]:
     """Joint steps beside transformers' Idefics, Flamingo's open successor, of the same sizes on the same tokens."""
     with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
-        ours = Training(model, {"objective": "joint"}, captions(batch, words, words), Path(folder))
+        ours = Training(model, {"objective": "joint", "pack": False}, captions(batch, words, words), Path(folder))
         peer = IdeficsPeer(ours.engine.module.model, ours.batches[0])
         found = _in_turns(ours.step, peer.step, batch, rounds)
     length = ours.batches[0]["input_ids"].shape[1]

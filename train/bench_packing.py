@@ -25,7 +25,7 @@ from vlm.samples import Sample
 
 from .batches import READERS, Batch, Reader
 from .config import Stage
-from .objectives import OBJECTIVES, Objective
+from .objectives import OBJECTIVES, Objective, Plan
 from .packing import Example
 
 SIDE = 224
@@ -101,7 +101,7 @@ def _speed(name: str, sides: _Sides, batch: int, rounds: int, target: str, condi
     def step(examples: list[Example], pack: bool) -> None:
         made = sides.batch(examples, pack)
         with torch.autocast(sides.device.type, torch.bfloat16):
-            loss, _ = sides.objective(made, float(sides.objective.targets(made)))
+            loss, _ = sides.objective(made, Plan(sides.objective.targets(made)))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -124,9 +124,9 @@ def _speed(name: str, sides: _Sides, batch: int, rounds: int, target: str, condi
 def _losses(name: str, sides: _Sides, batch: int, conditions: str) -> Row:
     examples = sides.examples(0, batch)
     packed, padded = (sides.batch(examples, pack) for pack in (True, False))
-    targets = float(sides.objective.targets(padded))
+    plan = Plan(sides.objective.targets(padded))
     with torch.no_grad():
-        loss, expected = (float(sides.objective(made, targets)[0]) for made in (packed, padded))
+        loss, expected = (float(sides.objective(made, plan)[0]) for made in (packed, padded))
     difference = abs(loss - expected) / abs(expected)
     return Row(f"{name}, difference of losses", difference, None, "relative", conditions, "≤ 1e-4", True)
 

@@ -10,7 +10,7 @@ from vlm.configuration import VisionConfig
 from vlm.processing import slots_of
 from vlm.train.config import Stage
 from vlm.train.flops import ModelFlops, depth, known_peak, peak_flops
-from vlm.train.objectives import OBJECTIVES
+from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import choose_trainable
 from vlm.vision import build_tower
 
@@ -66,7 +66,7 @@ def test_they_are_what_the_counter_counts(make_model, language, objective, adapt
     choose_trainable(judged, stage)
     batch = batch_of(objective) | (pairs() if stage.contrastive_weight else {})
     with FlopCounterMode(display=False) as counter:
-        judged(batch, 1.0)[0].backward()
+        judged(batch, Plan(1.0))[0].backward()
     # The counter leaves out the gradient of what comes in first, pixels; the formula has no word for it.
     assert ModelFlops(judged)(batch) == pytest.approx(counter.get_total_flops(), rel=0.02)
 

@@ -238,7 +238,7 @@ def test_clm_is_the_language_models_own_loss(objective_of, samples, causal_famil
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("language", ["mixtral", "qwen3_moe", "olmoe"])
 def test_the_router_loss_is_transformers_own(objective_of, samples, language, checkpointed):
-    objective, reader = objective_of("clm", language)
+    objective, reader = objective_of("clm", language, pack=False)
     batch = batch_of(reader, samples)
     assert not batch["attention_mask"].bool().all(), "padding does not count"
     inputs = {"attention_mask": batch["attention_mask"], "labels": batch["labels"], "output_router_logits": True}
@@ -327,10 +327,10 @@ def test_logits_of_all_tokens_never_exist(objective_of, samples, monkeypatch, na
     objective, reader = objective_of(name, **({"mask_share": 0.9} if name == "mlm" else {}))
     batch = batch_of(reader, samples * 3)
     vocabulary, width = objective.model.language_model.get_input_embeddings().weight.shape
-    plain = objective(batch, 1.0)[0]
+    plain = objective(batch, Plan(1.0))[0]
     monkeypatch.setattr(linear_cross_entropy, "MOST_LOGITS", 8 * vocabulary)
     with Largest(vocabulary) as seen:
-        loss, _ = objective(batch, 1.0)
+        loss, _ = objective(batch, Plan(1.0))
         loss.backward()
     assert torch.allclose(loss, plain)
     assert seen.elements == width * vocabulary < objective.targets(batch) * vocabulary, (

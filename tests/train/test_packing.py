@@ -20,7 +20,7 @@ from vlm.shards import Shards
 from vlm.train.batches import READERS
 from vlm.train.bench_packing import bench_packing
 from vlm.train.config import Stage
-from vlm.train.objectives import OBJECTIVES
+from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.packing import layout, tiles
 
 TWO_WAYS = {
@@ -141,7 +141,7 @@ def test_packed_equals_padded(objective_of, samples, name, language, attention):
     assert packed["input_ids"].numel() < padded["input_ids"].numel()
     targets = objective.targets(padded)
     assert objective.targets(packed) == targets > 20
-    (loss, logs), (expected, said) = objective(packed, targets), objective(padded, targets)
+    (loss, logs), (expected, said) = (objective(batch, Plan(targets)) for batch in (packed, padded))
     assert abs(float(loss) - float(expected)) < 1e-6 * abs(float(expected))
     assert all(torch.allclose(logs[key].float(), said[key].float(), rtol=1e-6, atol=1e-6) for key in said)
     found, wanted = gradients(objective, loss), gradients(objective, expected)
@@ -157,7 +157,7 @@ def test_the_order_in_a_row_does_not_matter(objective_of, samples):
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(len(examples))
         batch = packs.collate([examples[number] for number in order])
-        losses.append(float(objective(batch, targets)[0]))
+        losses.append(float(objective(batch, Plan(targets))[0]))
     assert max(losses) - min(losses) < 1e-6 * losses[0] and losses[0] > 0
 
 
@@ -235,8 +235,8 @@ def test_blocks_of_text_are_kept_apart_by_document(objective_of, make_tokenizer,
     alone = [pads.collate(read(pads, [Sample("a", text=text)])) for text in told]
     assert all("document_ids" not in batch for batch in alone), "a document to itself goes the model's own way"
     assert objective.targets(whole) == sum(map(objective.targets, alone))
-    losses = sum(float(objective(batch, 1.0)[0]) for batch in alone)
-    assert abs(float(objective(whole, 1.0)[0]) - losses) < 1e-5 * losses
+    losses = sum(float(objective(batch, Plan(1.0))[0]) for batch in alone)
+    assert abs(float(objective(whole, Plan(1.0))[0]) - losses) < 1e-5 * losses
 
 
 def test_blocks_that_cannot_be_are_refused(objective_of, samples):
@@ -280,4 +280,4 @@ def test_the_benchmark_measures_both_sides_and_their_losses():
 
 def test_the_benchmark_names_what_it_knows(capsys):
     assert run(["bench", "train", "--against", "nobody"]) == 2
-    assert "vlm bench train knows no 'nobody'; use padded" in capsys.readouterr().err
+    assert "there is no nobody to measure against; use one of" in capsys.readouterr().err
