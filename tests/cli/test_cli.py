@@ -26,6 +26,7 @@ COMMANDS = [
     "bench",
     "bench data",
     "bench score",
+    "bench train",
     "train",
     "eval",
     "score",
