@@ -20,7 +20,7 @@ PROGRAMS = ("train", "eval", "data_tools")
 # What each module of `vlm/` stands on: an import may go down or stay on its floor, never up.
 FLOORS = {
     "benchmark charts configuration errors files image_structure machine samples settings settings_faults storage wording": 0,
-    "adapters augmentation fusion images lora losses page shards vision": 1,
+    "adapters augmentation fusion images lora losses page quantization quantized_linear shards vision": 1,
     "decoding model processing saving": 2,
     "api": 3,
     "__init__": 3,

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vlm.errors import RunError, UsageError
 from vlm.files import atomic_folder
+from vlm.quantization import is_quantized
 
 LANGUAGE = "language_model."
 WEIGHTS, OTHERS, BASE = "adapter_model.safetensors", "trained.safetensors", "base.json"
@@ -61,7 +62,15 @@ def has_lora(language_model: PreTrainedModel) -> bool:
 
 
 def merge_lora(language_model: PreTrainedModel) -> None:
-    """Add the updates into the layers they stand beside and take them out, in place; names are as before `add_lora`."""
+    """Add the updates into the layers they stand beside and take them out, in place; names are as before `add_lora`.
+
+    Raises UsageError for a quantized base, whose rounding would swallow most of an update.
+    """
+    if is_quantized(language_model):
+        raise UsageError(
+            "a LoRA update does not merge into a quantized model, which would round it away; leave it beside, or merge it "
+            "into the full-precision model and quantize that"
+        )
     for name, layer in list(_updated_layers(language_model)):
         layer.merge(safe_merge=True)
         language_model.set_submodule(name, layer.get_base_layer())
