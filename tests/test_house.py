@@ -21,7 +21,7 @@ PROGRAMS = ("train", "eval", "data_tools")
 FLOORS = {
     "benchmark charts configuration errors files image_structure machine samples settings settings_faults storage wording": 0,
     "adapters augmentation fusion images lora losses page quantization quantized_linear shards vision": 1,
-    "decoding model processing saving": 2,
+    "decoding model processing quantization_bench saving": 2,
     "api": 3,
     "__init__": 3,
     "cli cli_bench cli_data": 5,

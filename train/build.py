@@ -29,6 +29,7 @@ from vlm.configuration import VisionConfig, VLMConfig
 from vlm.errors import UsageError
 from vlm.model import VLMModel
 from vlm.processing import VLMImageProcessor, VLMProcessor, complete_tokenizer
+from vlm.quantization import is_quantized
 from vlm.saving import read
 from vlm.vision import VisionTower, build_tower
 
@@ -48,6 +49,11 @@ def build(config: Config) -> tuple[VLMModel, VLMProcessor]:
     """
     if config.model.path is not None:
         model, processor = read(config.model.path, dtype="float32")
+        if is_quantized(model):
+            raise UsageError(
+                f"model.path {config.model.path} is quantized and its weights cannot learn; train the full-precision model "
+                "and quantize that"
+            )
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

