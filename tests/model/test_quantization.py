@@ -176,11 +176,9 @@ def test_a_compiled_layer_is_one_graph_and_the_same():
 # A whole model
 
 
-@SCHEME
-def test_every_family_quantizes_saves_and_loads(family, scheme, make_model, make_processor, batch, tmp_path):
-    model = make_model(family, gate_init=1.0)
+def check_whole_model(model, scheme, vision, processor, batch, folder) -> None:
     before = logits(model, batch)
-    quantize(model, scheme, vision=scheme == "int4")
+    quantize(model, scheme, vision=vision)
     after = logits(model, batch)
     divergence = kl_div(after.log_softmax(-1), before.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     assert 0 < divergence.mean() < {"int8": 1e-4, "int4": 5e-3}[scheme]
@@ -189,10 +187,20 @@ def test_every_family_quantizes_saves_and_loads(family, scheme, make_model, make
     if model.config.reading == "causal":
         assert isinstance(model.get_output_embeddings(), QuantizedLinear)
         assert model.generate(**batch, max_new_tokens=2, do_sample=False).shape == (2, 11)
-    save(model, make_processor(), tmp_path / "model")
-    again, _ = read(tmp_path / "model")
+    save(model, processor, folder)
+    again, _ = read(folder)
     assert torch.equal(logits(again.eval(), batch), after)
     assert parameter_count(again) == parameter_count(model)
+
+
+def test_every_family_quantizes_saves_and_loads(family, make_model, make_processor, batch, tmp_path):
+    model = make_model(family, gate_init=1.0)
+    check_whole_model(model, "int8", False, make_processor(), batch, tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3_moe", "bert"])
+def test_int4_and_the_vision_tower_too(kind, make_model, make_processor, batch, tmp_path):
+    check_whole_model(make_model(kind, gate_init=1.0), "int4", True, make_processor(), batch, tmp_path / "model")
 
 
 @pytest.mark.parametrize("vision", [False, True])
