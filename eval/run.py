@@ -32,6 +32,7 @@ from vlm.api import load
 from vlm.errors import UsageError
 from vlm.files import atomic_write
 from vlm.machine import environment, peak_memory_gib
+from vlm.quantization import parameter_count
 
 from . import pictures
 from .plan import Job, Plan, Settings, find_splits
@@ -199,7 +200,7 @@ def _results(named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], p
         "blind_colour": pictures.zero_colour(model.processor),
         "tasks": {outcome.name: outcome.metrics() for outcome in outcomes},
         "gates": {key: list(pair) for key, pair in model.model.gates().items()},
-        "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "parameters": parameter_count(model.model),
         "environment": environment() | measured,
     }
 

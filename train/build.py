@@ -30,6 +30,7 @@ from vlm.errors import UsageError
 from vlm.linear_cross_entropy import check_head
 from vlm.model import VLMModel
 from vlm.processing import VLMImageProcessor, VLMProcessor, complete_tokenizer
+from vlm.quantization import is_quantized
 from vlm.saving import read
 from vlm.vision import VisionTower, build_tower
 
@@ -49,6 +50,11 @@ def build(config: Config) -> tuple[VLMModel, VLMProcessor]:
     """
     if config.model.path is not None:
         model, processor = read(config.model.path, dtype="float32")
+        if is_quantized(model):
+            raise UsageError(
+                f"model.path {config.model.path} is quantized and its weights cannot learn; train the full-precision model "
+                "and quantize that"
+            )
         if config.model.rope_scaling is not None:
             model = _longer(model, config.model.rope_scaling)
     else:

@@ -27,6 +27,8 @@ from vlm.generation.text import text_of
 from vlm.lora import load_lora, merge_lora
 from vlm.model import VLMModel
 from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, slots_of
+from vlm.quantization import check_scheme, is_quantized
+from vlm.quantization import quantize as quantize_model
 from vlm.saving import decoding_defaults, read
 
 Item = TypeVar("Item")
@@ -37,22 +39,27 @@ def load(
     path: str | Path,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    quantize: None = None,
+    quantize: str | None = None,
     adapter: str | Path | None = None,
 ) -> VLM:
     """Load a model folder or a hub id, ready to be asked.
 
-    device "auto": a CUDA GPU if there is one, else the CPU. dtype "auto": as saved. quantize: None, weights as saved.
-    adapter: the OUT/adapter that training with LoRA left, put onto its base and merged.
-    Raises UsageError for a folder that is missing, of another kind, or broken, and for another `quantize`.
+    device "auto": a CUDA GPU if there is one, else the CPU. dtype "auto": as saved. quantize: "int8" or "int4" quantizes the
+    language model and the adapters as they are read; None, weights as saved, be they quantized or not.
+    adapter: the OUT/adapter that training with LoRA left, put onto its base and merged; onto a quantized base it is put beside.
+    Raises UsageError for a folder that is missing, of another kind, or broken, for another `quantize`, and for one to
+    quantize that is quantized already.
     """
     if quantize is not None:
-        raise UsageError(f"quantize is {quantize!r}; this version loads weights as they are saved, give None")
+        check_scheme(quantize)
     place = _device(device)
     model, processor = read(path, dtype)
     if adapter is not None:
         load_lora(model, adapter)
-        merge_lora(model)
+        if not is_quantized(model):
+            merge_lora(model)
+    if quantize is not None:
+        quantize_model(model, quantize)
     return VLM(model.to(place), processor)
 
 

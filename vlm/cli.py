@@ -213,6 +213,35 @@ def report(
     print(write_report(run, out or run / "report.html"))
 
 
+@app.command("quantize")
+def quantize_model(
+    model: ModelPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder for the quantized model")],
+    scheme: Annotated[str, typer.Option(help="int8 (fast) or int4 (small)")],
+    vision: Annotated[bool, typer.Option("--vision", help="the vision tower too")] = False,
+    data: Annotated[Path | None, typer.Option(help="shards that quality is measured on, before and after")] = None,
+    vqa_tolerance: Annotated[float, typer.Option(help="points of VQA accuracy that may be lost")] = 0.5,
+    caption_tolerance: Annotated[float, typer.Option(help="per cent of CIDEr that may be lost")] = 1.0,
+    limit: Annotated[int | None, typer.Option(help="only the first so many samples")] = None,
+    batch: Annotated[int, typer.Option(help="samples at once")] = 64,
+    report: Annotated[Path | None, typer.Option("--out", help="write the numbers to this JSON file too")] = None,
+) -> None:
+    """Store a model in int8 or int4, and hold it to what it could before: beyond the tolerance, exit 1 and no model.
+
+    Example: vlm quantize runs/demo/model runs/demo/int8 --scheme int8 --data runs/scenes/test
+    """
+    import rich
+
+    from vlm.eval.quantize import Tolerance, quantize
+    from vlm.quantization import table
+
+    tolerance = Tolerance(vqa_tolerance, caption_tolerance)
+    done = quantize(model, out, scheme, vision, data, tolerance, batch, limit, report)
+    rich.print(table(done.entries))
+    for line in done.lines():
+        print(line)
+
+
 # Talking to a model
 
 

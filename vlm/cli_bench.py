@@ -90,3 +90,44 @@ def _tell(rows: Sequence[Row], out: Path | None) -> None:
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
+
+
+@bench.command("kernels")
+def bench_kernels_command(
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 15,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Every candidate for a quantized linear layer on this machine, beside float32.
+
+    Example: vlm bench kernels --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.quantization_bench import bench_kernels
+
+    rows = bench_kernels(rounds)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)
+
+
+@bench.command("quantized")
+def bench_quantized_command(
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
+    new_tokens: Annotated[int, typer.Option(help="tokens to decode")] = 16,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """Decoding half a billion parameters in int8 and int4, beside their own float32.
+
+    Example: vlm bench quantized --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.quantization_bench import bench_quantized
+
+    rows = bench_quantized(rounds, new_tokens)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)

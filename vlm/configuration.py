@@ -108,6 +108,7 @@ class VLMConfig(PreTrainedConfig):
     vision: fields of `VisionConfig`. text_config: any Hugging Face language model's configuration.
     adapter: fields of `AdapterConfig`. embedding_dim: size of the shared contrastive space.
     image_token_id: the token that stands for a picture in the text. mask_token_id: the token that MLM fills in.
+    quantization: what `vlm.quantization.quantize` did, {"scheme": "int8" | "int4", "vision": bool}; None for nothing.
     """
 
     model_type = "vlm"
@@ -119,6 +120,7 @@ class VLMConfig(PreTrainedConfig):
     embedding_dim: int = 256
     image_token_id: int | None = None
     mask_token_id: int | None = None
+    quantization: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vlm.errors import RunError, UsageError
 from vlm.files import atomic_folder
+from vlm.quantization import is_quantized
 
 # Name of a tower -> the attribute of the composite, and the folder that its updates lie in.
 TOWERS = {"text": ("language_model", "."), "vision": ("vision", "vision")}
@@ -74,8 +75,14 @@ def has_lora(model: Any) -> bool:
 def merge_lora(model: Any, keep: bool = False) -> None:
     """Add the updates into the layers they stand beside and take them out, in place; names are as before `add_lora`.
 
-    keep: leave them beside the layers, for `unmerge_lora` to take them off again.
+    keep: leave them beside the layers, for `unmerge_lora` to take them off again. Raises UsageError for a quantized base,
+    whose rounding would swallow most of an update.
     """
+    if is_quantized(model):
+        raise UsageError(
+            "a LoRA update does not merge into a quantized model, which would round it away; leave it beside, or merge it "
+            "into the full-precision model and quantize that"
+        )
     for tower in _updated_towers(model):
         part = _part(model, tower)
         for name, layer in list(_updated_layers(part)):

@@ -22,6 +22,7 @@ from vlm.configuration import AdapterConfig, VLMConfig
 from vlm.documents import document_mask, document_positions, one_document_each
 from vlm.errors import UsageError
 from vlm.fusion import Visual, attach, check_carries_keywords, decoder_layers
+from vlm.quantization import pack, quantize
 from vlm.vision import VisionTower, build_tower, grid_positions
 
 
@@ -87,6 +88,16 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             # A generated <image> would stand for no picture, and the text after it would see another one.
             self.generation_config.suppress_tokens = [config.image_token_id]
         self.post_init()
+        if config.quantization is not None:
+            quantize(self, **config.quantization)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Hugging Face models. Quantized weights are brought into their kernels' layout as they lie, so that no
+        full-precision weight is ever made of them."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        pack(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part has initialised itself when it was built; the language model's own rule serves its own modules.

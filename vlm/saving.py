@@ -20,6 +20,7 @@ from vlm.errors import RunError, UsageError
 from vlm.files import atomic_folder
 from vlm.model import VLMModel
 from vlm.processing import VLMProcessor
+from vlm.quantization import parameter_count
 
 DTYPES = {
     "fp32": torch.float32,
@@ -138,8 +139,8 @@ def _model_card(model: VLMModel, name: str) -> str:
         vision=model.config.vision_config.name,
         text=model.config.text_config.model_type,
         adapters=len(model.adapters),
-        parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
-        dtype=str(model.dtype).removeprefix("torch."),
+        parameters=parameter_count(model) / 1e6,
+        dtype=(model.config.quantization or {}).get("scheme") or str(model.dtype).removeprefix("torch."),
         usage=CAUSAL_USAGE if model.config.reading == "causal" else MASKED_USAGE,
     )
 

@@ -139,7 +139,7 @@ class Weighing(Asking):
         return cut([self._request(place, item, look) for place, item in enumerate(items)], batch)
 
     def put(self, model: Any, part: Sequence[Request], look: Look) -> list[list[float]]:
-        shown = [_with_pictures(request.load.messages, look.load(request.key[1])) for request in part]
+        shown = [with_pictures(request.load.messages, look.load(request.key[1])) for request in part]
         return [list(pair) for pair in model.loglikelihood(shown, batch_size=len(part))]
 
     def gather(self, items: Sequence[Item], look: Look, answered: Answered) -> list[tuple[float, int]]:
@@ -261,7 +261,7 @@ def _conversations(asked: Sequence[tuple[Hashable, Item]], look: Look) -> list[l
     return turns
 
 
-def _with_pictures(messages: Iterable[dict[str, Any]], pictures: Pictures) -> list[dict[str, Any]]:
+def with_pictures(messages: Iterable[dict[str, Any]], pictures: Pictures) -> list[dict[str, Any]]:
     """The conversation with its image places filled in order."""
     left: Iterator[Any] = iter(pictures)
     filled = []

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from vlm.errors import UsageError
+from vlm.quantization import quantize
 from vlm.saving import read, save
 from vlm.shards import ShardWriter
 from vlm.train.build import build, build_vision, family_config, pretrained_text, scale_rope
@@ -195,6 +196,17 @@ def test_saved_model_goes_on(shards, make_model, make_processor, tmp_path):
     )
     loaded, _ = build(config)
     assert all(torch.equal(weight, loaded.state_dict()[name]) for name, weight in model.state_dict().items())
+
+
+def test_a_quantized_model_does_not_go_on(shards, make_model, make_processor, tmp_path):
+    model = make_model()
+    quantize(model, "int8")
+    save(model, make_processor(), tmp_path / "model")
+    config = Config.model_validate(
+        {"model": {"path": str(tmp_path / "model")}, "data": {"train": shards}, "stages": STAGES}
+    )
+    with pytest.raises(UsageError, match="is quantized and its weights cannot learn; train the full-precision model"):
+        build(config)
 
 
 @pytest.mark.parametrize(("source", "words"), [("no/such", "cannot be read"), ("", "cannot be read")])
