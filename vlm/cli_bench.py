@@ -54,7 +54,9 @@ def bench_score_command(
 
 @bench.command("decode")
 def bench_decode_command(
-    against: Annotated[str | None, typer.Option(help="hf-idefics, hf-generate or bandwidth (default: all)")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="hf-idefics, hf-generate, fp32 or bandwidth (default: all)")
+    ] = None,
     rounds: Rounds = 3,
     out: Out = None,
 ) -> None:
@@ -84,50 +86,23 @@ def bench_train_command(
     _tell(bench_train(against, rounds=rounds), out)
 
 
-def _tell(rows: Sequence[Row], out: Path | None) -> None:
-    import rich
-
-    rich.print(table(rows))
-    if out is not None:
-        write_rows(rows, out)
-
-
 @bench.command("kernels")
 def bench_kernels_command(
     rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 15,
-    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+    out: Out = None,
 ) -> None:
     """Every candidate for a quantized linear layer on this machine, beside float32.
 
     Example: vlm bench kernels --out bench.json
     """
-    import rich
-
-    from vlm.benchmark import table, write_rows
     from vlm.quantization_bench import bench_kernels
 
-    rows = bench_kernels(rounds)
-    rich.print(table(rows))
-    if out is not None:
-        write_rows(rows, out)
+    _tell(bench_kernels(rounds), out)
 
 
-@bench.command("quantized")
-def bench_quantized_command(
-    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
-    new_tokens: Annotated[int, typer.Option(help="tokens to decode")] = 16,
-    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
-) -> None:
-    """Decoding half a billion parameters in int8 and int4, beside their own float32.
-
-    Example: vlm bench quantized --out bench.json
-    """
+def _tell(rows: Sequence[Row], out: Path | None) -> None:
     import rich
 
-    from vlm.benchmark import table, write_rows
-    from vlm.quantization_bench import bench_quantized
-
-    rows = bench_quantized(rounds, new_tokens)
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)

@@ -1,41 +1,23 @@
-"""`vlm bench kernels` and the quantized rows of `vlm bench decode`: what rounding the weights saves in time.
+"""`vlm bench kernels`: what rounding the weights of a linear layer saves in time.
 
-Knows the candidate kernels of PyTorch for a quantized linear layer, and a language model's shape to decode with. Knows
-nothing of decoding engines.
+Knows the candidate kernels of PyTorch for a quantized linear layer. Knows nothing of models or of decoding.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from itertools import cycle
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config
 
 from vlm.benchmark import Row, interleaved, seconds
-from vlm.configuration import VLMConfig
-from vlm.model import VLMModel
-from vlm.quantization import quantize
 from vlm.quantized_linear import GROUP, Int4Linear, Int8Linear
 
 ROWS = (1, 8, 32)
 SHAPES = ((768, 768), (1024, 3072), (3072, 1024), (4096, 4096))  # K, N
 COLD_BYTES = 256 * 2**20  # more than any cache holds: every call finds its weight in memory
-QWEN3_HALF_BILLION = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 Product = Callable[[Tensor], Tensor]
 
 
@@ -134,57 +116,3 @@ CANDIDATES: dict[str, Callable[[nn.Linear], Product]] = {
     "int4, _weight_int4pack_mm fp32": _int4_float32,
     "int4, _dyn_quant_matmul_4bit": _int4_dynamic,
 }
-
-
-# A whole model
-
-
-def bench_quantized(rounds: int = 3, new_tokens: int = 16) -> list[Row]:
-    """Tokens a second of plain `model.generate`, greedy, text alone: a Qwen3 shape of half a billion with random weights, int8
-    and int4 beside its own float32, in turns, at batch 1 and 8."""
-    model = half_billion()
-    rows = []
-    for scheme, targets in (("int8", {1: "≥ 3", 8: "≥ 4"}), ("int4", {})):
-        smaller = copy.deepcopy(model)
-        quantize(smaller, scheme)
-        for batch in (1, 8):
-            ours, peer = interleaved(
-                partial(_tokens_per_second, smaller, batch, new_tokens),
-                partial(_tokens_per_second, model, batch, new_tokens),
-                rounds,
-            )
-            told = f"batch {batch}, generate, Qwen3 shape of {_millions(model)} M, {torch.get_num_threads()} threads; peer: fp32"
-            rows.append(Row(f"{scheme} decode", ours, peer, "token/s", told, targets.get(batch, "")))
-    return rows
-
-
-def half_billion() -> VLMModel:
-    """Random weights; one small adapter, for it is the text that is timed."""
-    tower = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
-    config = VLMConfig(
-        vision={"name": "timm:vit_tiny_patch16_224", "image_size": (32, 32), "kwargs": tower},
-        text_config=Qwen3Config(**QWEN3_HALF_BILLION),
-        adapter={"layers": (0,), "feed_forward": 0, "heads": 1, "head_dim": 64},
-        image_token_id=3,
-    )
-    return VLMModel(config).eval()
-
-
-def _tokens_per_second(model: VLMModel, batch: int, new_tokens: int) -> float:
-    """Of decoding steps alone: the time of one more step count than another, so that the prompt falls out."""
-    prompt = torch.randint(10, 1000, (batch, 16), generator=torch.Generator().manual_seed(0))
-
-    def run(count: int) -> float:
-        options: dict[str, Any] = {
-            "do_sample": False,
-            "min_new_tokens": count,
-            "max_new_tokens": count,
-            "pad_token_id": 0,
-        }
-        return seconds(lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
-
-    return batch * (new_tokens - 1) / (run(new_tokens) - median(run(1) for _ in range(2)))
-
-
-def _millions(model: VLMModel) -> int:
-    return round(sum(parameter.numel() for parameter in model.language_model.parameters()) / 1e6)

@@ -6,17 +6,21 @@ that of the tokens after the first: what the prompt and the pictures take is in 
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from transformers import IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig
+from torch import nn
+from transformers import IdeficsConfig, IdeficsForVisionText2Text, LlamaConfig, Qwen3Config
 
 from vlm.benchmark import Row, interleaved
 from vlm.configuration import VLMConfig
 from vlm.errors import UsageError
 from vlm.model import VLMModel
+from vlm.quantization import quantize
+from vlm.quantized_linear import QuantizedLinear
 
 from .decoding import Decoding
 from .engine import Engine
@@ -25,6 +29,18 @@ from .request import Prompt
 WIDTH, DEPTH, HEADS, INNER, WORDS = 768, 12, 12, 2048, 32_000
 IMAGE, PROMPT, NEW = 3, 16, 32  # the token of a picture; tokens of a prompt, and of a reply
 BATCHES = {1: "≥ 1.4", 8: "≥ 2.5"}  # rows at once -> the ratio to Idefics that is asked for
+HALF_BILLION = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+QUANTIZED = {"int8": {1: "≥ 3", 8: "≥ 4"}, "int4": {1: "", 8: ""}}  # scheme -> rows at once -> the ratio to float32
+BOUND_TARGET = "≥ 0.65"
 BANDWIDTH_BYTES = 2**29  # beyond any cache
 SHAPE = f"{DEPTH} × {WIDTH}, every 2nd layer crossed, ViT-S/16 at 224, {WORDS:,} words, fp32"
 
@@ -39,50 +55,77 @@ class Mute:
 
 def bench_decode(against: str | None, rounds: int) -> list[Row]:
     """Rows against one peer, or against each that is always there. Raises UsageError for a name that is none."""
-    benches = {"hf-idefics": beside_idefics, "hf-generate": beside_generate, "bandwidth": beside_bandwidth}
+    benches = {
+        "hf-idefics": beside_idefics,
+        "hf-generate": beside_generate,
+        "fp32": beside_float32,
+        "bandwidth": beside_bandwidth,
+    }
     if against is not None and against not in benches:
         raise UsageError(f"vlm bench decode knows no {against!r}; choose {', '.join(benches)}")
     torch.manual_seed(0)
-    model = composite()
-    return [row for name, bench in benches.items() if against in (None, name) for row in bench(model, rounds)]
+    return [row for name, bench in benches.items() if against in (None, name) for row in bench(rounds)]
 
 
-def beside_idefics(model: VLMModel, rounds: int) -> list[Row]:
+def beside_idefics(rounds: int) -> list[Row]:
     """The engine beside Hugging Face's Idefics (Flamingo's idea too), which projects the image again for every token."""
-    peer = idefics()
+    model, peer = composite(), idefics()
     return [
         _row(f"decode, {rows} at once, beside Idefics", model, partial(idefics_seconds, peer), rows, rounds, target)
         for rows, target in BATCHES.items()
     ]
 
 
-def beside_generate(model: VLMModel, rounds: int) -> list[Row]:
+def beside_generate(rounds: int) -> list[Row]:
     """The engine beside `model.generate`, all requests of one length: its best case."""
+    model = composite()
     return [
         _row(f"decode, {rows} at once, beside generate", model, partial(generate_seconds, model), rows, rounds)
         for rows in BATCHES
     ]
 
 
-def beside_bandwidth(model: VLMModel, rounds: int) -> list[Row]:
-    """One row's tokens a second, beside what memory lets through if every weight of a step is read once."""
+def beside_float32(rounds: int) -> list[Row]:
+    """A language model of half a billion in int8 and int4 beside itself in float32, text alone, all by the engine."""
+    model, rows = half_billion(), []
+    full = partial(engine_seconds, model)
+    for scheme, targets in QUANTIZED.items():
+        smaller = copy.deepcopy(model)
+        quantize(smaller, scheme)
+        for at_once, target in targets.items():
+            name = f"{scheme} decode, {at_once} at once, beside float32"
+            rows.append(_row(name, smaller, full, at_once, rounds, target, _shape(model)))
+    return rows
+
+
+def beside_bandwidth(rounds: int) -> list[Row]:
+    """Half a billion in int8, one row, beside what memory lets through if every weight of a step is read once."""
+    model = half_billion()
+    shape = _shape(model)
+    quantize(model, "int8")
     read = weights_read(model)
     ours, peer = interleaved(
         lambda: tokens_per_second(partial(engine_seconds, model), 1), lambda: bandwidth() / read, rounds
     )
     conditions = (
-        f"{SHAPE}; {read / 2**20:,.0f} MiB of weights a token; the bound is a sum over {BANDWIDTH_BYTES >> 20} MiB"
+        f"{shape}; {read / 2**20:,.0f} MiB of weights a token; the bound is a sum over {BANDWIDTH_BYTES >> 20} MiB"
     )
-    return [Row("decode, 1 at once, beside memory bandwidth", ours, peer, "tokens/s", conditions)]
+    return [Row("int8 decode, 1 at once, beside memory bandwidth", ours, peer, "tokens/s", conditions, BOUND_TARGET)]
 
 
 def _row(
-    name: str, model: VLMModel, peer: Callable[[int, int], float], rows: int, rounds: int, target: str = ""
+    name: str,
+    model: VLMModel,
+    peer: Callable[[int, int], float],
+    rows: int,
+    rounds: int,
+    target: str = "",
+    shape: str = SHAPE,
 ) -> Row:
     ours, theirs = interleaved(
         lambda: tokens_per_second(partial(engine_seconds, model), rows), lambda: tokens_per_second(peer, rows), rounds
     )
-    conditions = f"{SHAPE}; {PROMPT} + {NEW} tokens a row, {torch.get_num_threads()} threads"
+    conditions = f"{shape}; {PROMPT} + {NEW} tokens a row, {torch.get_num_threads()} threads"
     return Row(name, ours, theirs, "tokens/s", conditions, target)
 
 
@@ -93,11 +136,12 @@ def tokens_per_second(seconds: Callable[[int, int], float], rows: int) -> float:
 
 
 def engine_seconds(model: VLMModel, rows: int, new_tokens: int) -> float:
-    """Requests with a picture each, all there from the start."""
+    """Requests with a picture each, if the model looks at all; all there from the start."""
     engine = Engine(model, Mute(), [], rows=rows, length=PROMPT + NEW)
     ids, pixels = inputs(rows)
     for words, picture in zip(ids.tolist(), pixels, strict=True):
-        engine.add(Prompt(words, picture[None]), Decoding(max_new_tokens=new_tokens))
+        looks = model.config.image_token_id is not None
+        engine.add(Prompt(words, picture[None] if looks else None), Decoding(max_new_tokens=new_tokens))
     start = time.perf_counter()
     while engine.busy:
         engine.step()
@@ -179,15 +223,28 @@ def idefics() -> IdeficsForVisionText2Text:
     ).eval()
 
 
+def half_billion() -> VLMModel:
+    """A Qwen3 shape with random weights, and as little of a composite around it as there can be."""
+    tower = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
+    config = VLMConfig(
+        vision={"name": "timm:vit_tiny_patch16_224", "image_size": (32, 32), "kwargs": tower},
+        text_config=Qwen3Config(**HALF_BILLION),
+        adapter={"layers": (0,), "feed_forward": 0, "heads": 1, "head_dim": 64},
+    )
+    return VLMModel(config).eval()
+
+
+def _shape(model: VLMModel) -> str:
+    millions = sum(weight.numel() for weight in model.language_model.parameters()) / 1e6
+    return f"Qwen3 shape of {millions:,.0f} M, text alone"
+
+
 def weights_read(model: VLMModel) -> int:
-    """Bytes of weights that one token passes: the language model without its embedding table, and the adapters without what
-    makes keys and values of pictures."""
-    skipped = {id(model.get_input_embeddings().weight)} if model.get_output_embeddings() is not None else set()
-    passed = [*model.language_model.parameters()]
-    passed += [
-        weight for name, weight in model.adapters.named_parameters() if "k_proj" not in name and "v_proj" not in name
-    ]
-    return sum(weight.numel() * weight.element_size() for weight in passed if id(weight) not in skipped)
+    """Bytes of the language model's weights that one token passes: all but the rows of the embedding that it is not."""
+    parts = [part for part in model.language_model.modules() if not isinstance(part, nn.Embedding)]
+    plain = [weight for part in parts for weight in part.parameters(recurse=False)]
+    rounded = [kept for part in parts if isinstance(part, QuantizedLinear) for kept in (part.values, part.scales)]
+    return sum(weight.numel() * weight.element_size() for weight in (*plain, *rounded))
 
 
 def bandwidth() -> float:
