@@ -124,7 +124,9 @@ def test_no_address_is_ever_fetched(server, trap, tmp_path, make_picture, image_
         WATCHING.clear()
     own = threading.current_thread().name
     assert any(event == "socket.connect" and thread == own for event, thread, _ in CONNECTIONS)  # the hook sees them
-    assert not [found for found in CONNECTIONS if found[1] != own and (found[0] != "open" or file.name in str(found[2]))]
+    assert not [
+        found for found in CONNECTIONS if found[1] != own and (found[0] != "open" or file.name in str(found[2]))
+    ]
     with pytest.raises(BlockingIOError):
         trap.accept()
 
