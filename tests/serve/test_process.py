@@ -120,3 +120,19 @@ def test_without_its_libraries_the_command_says_what_to_install(folder, capsys, 
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(["serve", folder]) == 2
     assert "pip install 'vlm[serve]'" in capsys.readouterr().err
+
+
+def test_the_benchmark_has_a_row_for_each_promise(folder, tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    small = ["--clients", "4", "--requests", "8", "--tokens", "4", "--rounds", "1", "--soak", "40", "--out", str(out)]
+    assert run(["bench", "serve", "--model", folder, *small]) == 0
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == [
+        "4 clients at once, 1 after another",
+        "first token, 95th percentile",
+        "memory of the caches",
+        "memory of the process",
+    ]
+    assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows.values())
+    assert rows["memory of the caches"]["ratio"] == 1
+    assert "after 40 requests" in rows["memory of the process"]["conditions"]
