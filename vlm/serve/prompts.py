@@ -118,9 +118,7 @@ class Prompts:
                 else:
                     characters += len(part.text)
                     content.append({"type": "text", "text": part.text})
-            told.append(
-                {"role": "system" if message.role == "developer" else message.role, "content": _joined(content)}
-            )
+            told.append({"role": "system" if message.role == "developer" else message.role, "content": content})
         self._check_characters("messages", characters)
         return told
 
@@ -168,14 +166,3 @@ def decoding_of(request: Sampling, new_tokens: int, choice: int) -> Decoding:
         seed=None if request.seed is None else (request.seed + choice) % LARGEST_SEED,
         **sampling,
     )
-
-
-def _joined(content: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """Texts that follow each other as one, and text alone as a string: a control token may not be put together from two."""
-    joined: list[dict[str, Any]] = []
-    for part in content:
-        if joined and part["type"] == joined[-1]["type"] == "text":
-            joined[-1] = {"type": "text", "text": joined[-1]["text"] + part["text"]}
-        else:
-            joined.append(part)
-    return joined[0]["text"] if [part["type"] for part in joined] == ["text"] else joined
