@@ -1,6 +1,6 @@
 # Everything from a fresh checkout: needs git, make and a python3 of 3.11 or newer, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test heavy lint clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -17,6 +17,7 @@ help:
 	@echo "make install            make .venv and install"
 	@echo "make demo [MINUTES=8]   train on generated scenes for so many minutes, evaluate, write $(OUT)/report.html"
 	@echo "make test               lint, types and the whole test suite"
+	@echo "make heavy              the tests that take minutes"
 	@echo "make clean              remove .venv, runs and caches"
 
 install: $(STAMP)
@@ -40,6 +41,9 @@ demo: $(STAMP)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+heavy: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

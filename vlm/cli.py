@@ -337,6 +337,50 @@ def fill(
         print(f"{probability:.4f}  {token}")
 
 
+# Serving
+
+
+@app.command("serve")
+def serve_model(
+    model: ModelPath,
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 is every one of the machine")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="what clients call the model; default: MODEL")] = None,
+    device: Device = "auto",
+    quantize: Annotated[str | None, typer.Option(help="int8 or int4; default: weights as saved")] = None,
+    rows: Annotated[int, typer.Option(help="replies decoded together")] = 16,
+    length: Annotated[int | None, typer.Option(help="tokens of prompt and reply; default: all the model takes")] = None,
+    queue: Annotated[int, typer.Option(help="replies that may wait for a row; more get 429")] = 64,
+    wait: Annotated[float, typer.Option(help="seconds that one may wait for a row; then it gets 503")] = 60.0,
+    max_body: Annotated[int, typer.Option(help="bytes of a request")] = 32 * 2**20,
+    max_images: Annotated[int, typer.Option(help="pictures of a request")] = 8,
+    max_pixels: Annotated[int, typer.Option(help="pixels of a picture")] = 16_000_000,
+    max_n: Annotated[int, typer.Option("--max-n", help="replies to one prompt")] = 8,
+    api_key: Annotated[str | None, typer.Option(envvar="VLM_API_KEY", help="what clients must send")] = None,
+) -> None:
+    """Answer OpenAI's HTTP interface: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models.
+
+    Example: vlm serve runs/demo/model --port 8000
+
+    Pictures come as data URLs; addresses are never fetched. /health and Prometheus's /metrics need no key. SIGTERM and
+    Ctrl-C finish what has been asked; a second one does not.
+    """
+    import vlm
+    from vlm.serve.limits import Limits
+
+    limits = Limits(
+        rows=rows, queue=queue, wait=wait, body_bytes=max_body, images=max_images, pixels=max_pixels, choices=max_n
+    )
+    try:
+        from vlm.serve.server import serve
+    except ModuleNotFoundError as error:
+        raise UsageError(f"vlm serve needs {error.name}; pip install 'vlm[serve]'") from None
+    from vlm.serve.app import Service
+
+    options: dict[str, Any] = {"device": device, "quantize": quantize}
+    serve(Service(vlm.load(model, **options), name or model, limits, length=length), host, port, api_key)
+
+
 def _decoding(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_beams: int, seed: int | None
 ) -> dict[str, Any]:

@@ -100,6 +100,25 @@ def bench_kernels_command(
     _tell(bench_kernels(rounds), out)
 
 
+@bench.command("serve")
+def bench_serve_command(
+    model: Annotated[str | None, typer.Option(help="a model folder; default: one of random weights")] = None,
+    clients: Annotated[int, typer.Option(help="how many ask at once", min=1)] = 16,
+    requests: Annotated[int, typer.Option(help="in each measurement", min=2)] = 64,
+    tokens: Annotated[int, typer.Option(help="of each reply", min=1)] = 32,
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns", min=1)] = 3,
+    soak: Annotated[int, typer.Option(help="requests over which memory is watched", min=10)] = 10_000,
+    out: Out = None,
+) -> None:
+    """Many clients beside one, the first token under a light load, memory over many requests.
+
+    Example: vlm bench serve --model runs/demo/model --out bench.json
+    """
+    from vlm.serve.bench import bench_serve
+
+    _tell(bench_serve(model, clients=clients, requests=requests, tokens=tokens, rounds=rounds, soak=soak), out)
+
+
 def _tell(rows: Sequence[Row], out: Path | None) -> None:
     import rich
 

@@ -245,10 +245,16 @@ class VLMProcessor(ProcessorMixin):
             return {**message, "content": self.plain(content)}
         if unknown := [part["type"] for part in content if part["type"] not in ("image", "text")]:
             raise UsageError(f"a message has a part of type {unknown[0]!r}; parts are of type 'image' or 'text'")
-        parts = [
-            {"type": "image"} if part["type"] == "image" else {"type": "text", "text": self.plain(part["text"])}
-            for part in content
-        ]
+        parts: list[dict] = []
+        for part in content:
+            if part["type"] == "image":
+                parts.append({"type": "image"})
+            elif parts and parts[-1]["type"] == "text":
+                # As one, or a control token could be put together from two.
+                parts[-1] = {"type": "text", "text": parts[-1]["text"] + part["text"]}
+            else:
+                parts.append({"type": "text", "text": part["text"]})
+        parts = [{**part, "text": self.plain(part["text"])} if "text" in part else part for part in parts]
         if not as_parts:
             return {**message, "content": "".join(IMAGE if part["type"] == "image" else part["text"] for part in parts)}
         return {**message, "content": parts}

@@ -27,6 +27,7 @@ COMMANDS = [
     "bench data",
     "bench score",
     "bench train",
+    "bench serve",
     "train",
     "eval",
     "score",
@@ -37,6 +38,7 @@ COMMANDS = [
     "ask",
     "complete",
     "fill",
+    "serve",
 ]
 
 

@@ -97,6 +97,17 @@ def test_a_persons_words_never_become_control_tokens(make_processor, make_pictur
         assert [index for index in encoded if index in control] == [processor.tokenizer.eos_token_id]
 
 
+def test_no_control_token_is_put_together_from_two_parts(make_processor, make_picture):
+    processor, picture = make_processor(), make_picture()
+    for token in (IMAGE, "<eos>", "<|assistant|>"):
+        for at in range(1, len(token)):
+            messages = [turn("user", "a", token[:at], token[at:], picture, token[:at], token[at:])]
+            ids = processor.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+            assert (ids == processor.image_token_id).sum() == 1
+            whole = processor.apply_chat_template([turn("user", "a" + token, picture, token)])
+            assert processor.apply_chat_template(messages) == whole
+
+
 def test_what_must_be_said_is_the_replies_and_their_ends(make_processor, make_picture):
     processor = make_processor()
     messages = [

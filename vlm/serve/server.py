@@ -1,0 +1,75 @@
+"""A service on a port, until a signal ends it. Knows sockets, signals and uvicorn; nothing of what is served.
+
+The first signal ends it gently: what has been asked is answered, what is new gets 503, and the exit code is 0. The second
+ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+
+from vlm.errors import RunError, UsageError
+
+from .app import Service, make_app
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Server(uvicorn.Server):
+    """uvicorn around one service."""
+
+    def __init__(self, service: Service, api_key: str | None = None) -> None:
+        # No line for each request: the metrics count them, and a log that has no request in it has no picture in it.
+        app = make_app(service, api_key)
+        super().__init__(uvicorn.Config(app, http="h11", ws="none", log_level="warning", access_log=False))
+        self._worker = service.worker
+        self._ending: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In place of uvicorn's, which closes the port first and tells by a signal that it was ended by one."""
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.add_signal_handler(number, self._end, number)
+        try:
+            yield
+        finally:
+            for number in SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _end(self, number: int) -> None:
+        if self._ending is not None:
+            os._exit(128 + number)
+        self._ending = asyncio.ensure_future(self.end())
+
+    async def end(self) -> None:
+        """Answer what was asked, then stop."""
+        await self._worker.drain()
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises UsageError where that is not possible."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise UsageError(f"{host}:{port}: can not be listened on ({error.strerror or error}); choose another") from None
+
+
+def serve(service: Service, host: str, port: int, api_key: str | None = None) -> None:
+    """Serve until a signal comes. Raises UsageError for a port that is taken, RunError where the server did not start."""
+    with bind(host, port) as listening:
+        server = Server(service, api_key)
+        place = f"[{host}]" if ":" in host else host
+        print(f"serving {service.name} at http://{place}:{listening.getsockname()[1]}/v1", flush=True)
+        server.run(sockets=[listening])
+        if not server.started:
+            raise RunError("the server did not start; see above")
