@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ README = (ROOT / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent
 # What makes a recipe of minutes one of seconds.
 TINY = "vision.width=32 vision.depth=1 vision.heads=2 text.width=32 text.depth=1 text.heads=2".split()
-FEW = "stages.0.steps=1 stages.0.batch=4 stages.1.steps=1 stages.1.batch=4 precision=fp32 data.workers=0".split()
+FEW = "stages.0.steps=1 stages.0.batch=4 precision=fp32 data.workers=0".split()
+FEW_JOINT = "stages.1.steps=1 stages.1.batch=4".split()
 
 
 def blocks(language: str) -> list[str]:
@@ -70,19 +72,40 @@ def smaller(words: list[str]) -> list[str]:
         return words
     if any("pretrained.yaml" in word for word in words):
         towers = {"vision": "vision=vision", "text": "text=text"}
-        return [towers.get(word.partition("=")[0], word) for word in words] + FEW + ["stages.1.micro_batch=4"]
+        words = [towers.get(word.partition("=")[0], word) for word in words]
+        return words + FEW + FEW_JOINT + ["stages.1.micro_batch=4"]
+    if any("text_" in word for word in words):
+        return words + TINY + FEW
     words = ["2" if words[index - 1] == "--num_gpus" else word for index, word in enumerate(words)]
-    return words + TINY + FEW
+    return words + TINY + FEW + FEW_JOINT
 
 
 def test_readme_has_commands():
     assert len(COMMANDS) > 15
 
 
-@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("vlm ")])
+@pytest.mark.parametrize(
+    "command", [line for line in COMMANDS if line.startswith("vlm ") and not line.startswith("vlm serve ")]
+)
 def test_a_vlm_command_runs(command, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     assert run(smaller(shlex.split(command))[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("vlm serve ")])
+def test_a_server_serves(command, place):
+    words = [*shlex.split(command)[1:], "--port", "0"]
+    code = "import sys; from vlm.cli import main; main(sys.argv[1:])"
+    with subprocess.Popen([sys.executable, "-c", code, *words], cwd=place, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            address = re.search(r"at (http://\S+)/v1", server.stdout.readline())
+            assert address is not None
+            with urllib.request.urlopen(f"{address[1]}/health") as answer:
+                assert json.load(answer) == {"status": "ok"}
+        finally:
+            server.terminate()
+        assert server.wait(timeout=60) == 0
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.split()[0] in ("torchrun", "deepspeed")])
