@@ -18,14 +18,15 @@ SECRET = "what a client sent"
 
 
 class Held:
-    """An engine that stands still between two steps until it is let go; remembers how many rows were in use."""
+    """An engine that stands still between two steps until it is let go; remembers how many rows were in use, and its steps."""
 
     def __init__(self, running: Any) -> None:
         engine = running.service.worker._engine
-        self.go, self.most, step = threading.Event(), 0, engine.step
+        self.go, self.most, self.steps, step = threading.Event(), 0, 0, engine.step
 
         def held() -> Any:
             self.go.wait(30)
+            self.steps += 1
             changed = step()
             self.most = max(self.most, engine.running)
             return changed
@@ -134,6 +135,7 @@ def test_a_client_that_hangs_up_frees_its_row(serving, stream):
         assert running.send(PATH, body()).status == 200
         eventually(lambda: running.metric("vlm_requests_total", route=PATH, status="499") == 2)
         assert running.metric("vlm_tokens_total", kind="new") < 20
+        assert held.steps < 20  # of 200 that the one who went had asked for
         running.healthy()
 
 
