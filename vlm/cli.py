@@ -348,6 +348,10 @@ def serve_model(
     name: Annotated[str | None, typer.Option(help="what clients call the model; default: MODEL")] = None,
     device: Device = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4; default: weights as saved")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile decoding: slow first replies, then quicker")
+    ] = False,
+    int8_cache: Annotated[bool, typer.Option("--int8-cache", help="keys and values of the text in 8 bits")] = False,
     rows: Annotated[int, typer.Option(help="replies decoded together")] = 16,
     length: Annotated[int | None, typer.Option(help="tokens of prompt and reply; default: all the model takes")] = None,
     queue: Annotated[int, typer.Option(help="replies that may wait for a row; more get 429")] = 64,
@@ -377,8 +381,9 @@ def serve_model(
         raise UsageError(f"vlm serve needs {error.name}; pip install 'vlm[serve]'") from None
     from vlm.serve.app import Service
 
-    options: dict[str, Any] = {"device": device, "quantize": quantize}
-    serve(Service(vlm.load(model, **options), name or model, limits, length=length), host, port, api_key)
+    loaded = vlm.load(model, device=device, quantize=quantize)
+    engine = {"length": length, "compile": compile, "int8_cache": int8_cache}
+    serve(Service(loaded, name or model, limits, **engine), host, port, api_key)
 
 
 def _decoding(

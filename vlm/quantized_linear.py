@@ -232,15 +232,20 @@ _PACKED: WeakValueDictionary[int, _Packed] = WeakValueDictionary()
 _FBGEMM = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
 
 
-@torch.library.custom_op("vlm::int8_product", mutates_args=())
-def int8_product(rows: Tensor, number: int, out_features: int) -> Tensor:
-    """`_Packed.__call__` as one node of a compiled graph."""
+def _int8_product(rows: Tensor, number: int, out_features: int) -> Tensor:
     return _FBGEMM(rows, 1 / LEVELS, 128, _PACKED[number].params)
 
 
-@int8_product.register_fake
-def _(rows: Tensor, number: int, out_features: int) -> Tensor:
-    return rows.new_empty((*rows.shape[:-1], out_features))
+# By hand: what `torch.library.custom_op` adds to each call takes longer than a small product.
+_LIBRARY = torch.library.Library("vlm", "FRAGMENT")
+_LIBRARY.define("int8_product(Tensor rows, int number, int out_features) -> Tensor")
+_LIBRARY.impl("int8_product", _int8_product, "CPU")
+torch.library.register_fake(
+    "vlm::int8_product",
+    lambda rows, number, out_features: rows.new_empty((*rows.shape[:-1], out_features)),
+    lib=_LIBRARY,
+)
+int8_product = torch.ops.vlm.int8_product  # `_Packed.__call__` as one node of a compiled graph
 
 
 # int4

@@ -138,6 +138,15 @@ def test_how_prompts_are_cut_and_shared_out_changes_nothing(model, make_engine, 
     assert [generation.tokens for generation in generations] == judge_all(prompts, 6)
 
 
+@pytest.mark.heavy
+def test_a_compiled_pass_says_the_same(model, make_engine, judge_all):
+    """Rows, spans and pictures that change on the way."""
+    engine, prompts = make_engine(model, rows=5, compile=True), prompts_of(1, 12)
+    generations = [engine.add(prompt, Decoding(max_new_tokens=20)) for prompt in prompts]
+    finish(engine)
+    assert [generation.tokens for generation in generations] == judge_all(prompts, 20)
+
+
 def test_a_draw_is_the_same_alone_and_in_company(model, make_engine):
     prompts = prompts_of(2, 8)
     decodings = [Decoding(max_new_tokens=8, temperature=1.0, top_k=[None, 20][i % 2], seed=i) for i in range(8)]
