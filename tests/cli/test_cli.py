@@ -28,6 +28,8 @@ COMMANDS = [
     "bench score",
     "bench train",
     "bench serve",
+    "bench decode",
+    "bench kernels",
     "train",
     "eval",
     "score",
@@ -38,6 +40,7 @@ COMMANDS = [
     "ask",
     "complete",
     "fill",
+    "quantize",
     "serve",
 ]
 

@@ -48,7 +48,7 @@ class SeeingModel:
     def __init__(self) -> None:
         self.processor = SimpleNamespace(caption_prompt=PROMPT, image_processor=SimpleNamespace(mean=[0.5, 0.5, 0.5]))
         self.model = SimpleNamespace(
-            name_or_path="seeing", gates=lambda: {"0": (0.5, 0.25)}, parameters=lambda: [torch.zeros(3)]
+            name_or_path="seeing", gates=lambda: {"0": (0.5, 0.25)}, parameters=lambda: [torch.zeros(3)], modules=list
         )
         self.asked: Counter[tuple[bytes, str]] = Counter()
         self.batches: list[int] = []
