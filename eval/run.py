@@ -165,8 +165,9 @@ def _answered(
     parts = asking.parts(job.items, look, plan.batch)
     name = job.name if look.name == TRUE else f"{job.name}, {look.name}"
     answers = Answers(kept, name, _bound(job, look, plan, parts) if kept else {}, share.process)
-    for number in _progress(name, [number for number in share.of(len(parts)) if number not in answers]):
-        answers.put(number, asking.put(model, parts[number], look))
+    left = [number for number in share.of(len(parts)) if number not in answers]
+    for place, told in _progress(name, asking.answers(model, [parts[number] for number in left], look), len(left)):
+        answers.put(left[place], told)
     return parts, answers
 
 
@@ -183,9 +184,10 @@ def _bound(job: Job, look: pictures.Look, plan: Plan, parts: list[list[Request]]
     }
 
 
-def _progress(label: str, parts: Sequence[Any]) -> Iterable[Any]:
+def _progress(label: str, answered: Iterable[Any], parts: int) -> Iterable[Any]:
     console = Console(stderr=True)
-    return track(parts, description=label, console=console, disable=not console.is_terminal, transient=True)
+    shown = {"console": console, "disable": not console.is_terminal, "transient": True}
+    return track(answered, description=label, total=parts, **shown)
 
 
 def _results(named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], plan: Plan) -> dict[str, Any]:

@@ -57,3 +57,27 @@ def bench_score_command(
     rich.print(table(rows))
     if out is not None:
         write_rows(rows, out)
+
+
+@bench.command("eval")
+def bench_eval_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or hub id of the model that answers")],
+    data: Annotated[Path, typer.Option(help="shards with questions about pictures, of one split")],
+    batch: Annotated[int, typer.Option(help="questions at once")] = 32,
+    limit: Annotated[int, typer.Option(help="only the first so many samples")] = 64,
+    rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 3,
+    out: Annotated[Path | None, typer.Option(help="write the rows to this JSON file too")] = None,
+) -> None:
+    """What an evaluation costs beside the decoding itself: questions a second.
+
+    Example: vlm bench eval runs/demo/model --data runs/scenes/test --out bench.json
+    """
+    import rich
+
+    from vlm.benchmark import table, write_rows
+    from vlm.eval.bench import bench_eval
+
+    rows = bench_eval(model, data, batch, limit, rounds)
+    rich.print(table(rows))
+    if out is not None:
+        write_rows(rows, out)

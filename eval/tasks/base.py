@@ -3,9 +3,9 @@
 Knows conversations, pictures by the key of a look, and the surface of a loaded model. Knows nothing of files, of metrics,
 or of why a picture may be another sample's.
 
-A way of asking (`Asking`) turns items into requests, cut into parts that are put to the model one by one, and gathers
-from the answers what the task's `score` takes. So whoever runs a task may put the parts in any order, in several
-processes, or only those that nobody has answered yet.
+A way of asking (`Asking`) turns items into requests, cut into parts, and gathers from the answers what the task's `score`
+takes. So whoever runs a task may put the parts in any order, in several processes, or only those that nobody has answered
+yet.
 """
 
 from __future__ import annotations
@@ -83,12 +83,26 @@ class Asking(ABC):
         """Everything to be asked, each request once, in parts of at most `batch`."""
 
     @abstractmethod
-    def put(self, model: Any, part: Sequence[Request], look: Look) -> list[Any]:
-        """The model's answers to one part: texts, lists of numbers, or float32 vectors."""
+    def answers(self, model: Any, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[tuple[int, list[Any]]]:
+        """The model's answers to each part, with its place among the parts, as they are there: texts, lists of numbers, or
+        float32 vectors."""
 
     @abstractmethod
     def gather(self, items: Sequence[Item], look: Look, answered: Answered) -> Any:
         """The answers as the outputs that `Task.score` takes."""
+
+
+class PartByPart(Asking):
+    """A way to put items to a model whose parts are batches."""
+
+    def answers(self, model: Any, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[tuple[int, list[Any]]]:
+        """The answers of `put`."""
+        for place, part in enumerate(parts):
+            yield place, self.put(model, part, look)
+
+    @abstractmethod
+    def put(self, model: Any, part: Sequence[Request], look: Look) -> list[Any]:
+        """The model's answers to one part."""
 
 
 class Task(ABC):
@@ -120,9 +134,27 @@ class Writing(Asking):
             distinct.sort(key=lambda request: len(request.load.prompt))
         return cut(distinct, batch)
 
-    def put(self, model: Any, part: Sequence[Request], look: Look) -> list[str]:
-        turns = _conversations([(request.key[0], request.load) for request in part], look)
-        return model.generate(turns, max_new_tokens=self.max_new_tokens, temperature=0.0, batch_size=len(part))
+    def answers(self, model: Any, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[tuple[int, list[str]]]:
+        """All parts go to the model together: a part that waits for its longest reply leaves no row idle."""
+        places = [(number, place) for number, part in enumerate(parts) for place in range(len(part))]
+        told: dict[int, dict[int, str]] = {}
+        for asked, reply in model.generate_each(
+            self.conversations(parts, look),
+            batch_size=max(map(len, parts), default=1),
+            max_new_tokens=self.max_new_tokens,
+            temperature=0.0,
+        ):
+            number, place = places[asked]
+            mine = told.setdefault(number, {})
+            mine[place] = reply
+            if len(mine) == len(parts[number]):
+                del told[number]
+                yield number, [mine[place] for place in range(len(mine))]
+
+    def conversations(self, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[list[dict[str, Any]]]:
+        """What is said to the model, part after part; the pictures of a part are opened as it is reached."""
+        for part in parts:
+            yield from _conversations([(request.key[0], request.load) for request in part], look)
 
     def gather(self, items: Sequence[Item], look: Look, answered: Answered) -> list[str]:
         return [answered[self._request(item, look)] for item in items]
@@ -132,7 +164,7 @@ class Writing(Asking):
 
 
 @dataclass(frozen=True)
-class Weighing(Asking):
+class Weighing(PartByPart):
     """How likely the model finds the assistant's turns of `Item.messages`. Outputs: (log p, tokens) an item."""
 
     def parts(self, items: Sequence[Item], look: Look, batch: int) -> list[list[Request]]:
@@ -150,7 +182,7 @@ class Weighing(Asking):
 
 
 @dataclass(frozen=True)
-class Choosing(Asking):
+class Choosing(PartByPart):
     """How likely the model finds each option as the reply. Outputs: a list of (log p, tokens) an item, by option.
 
     letters: the reply is the option's letter, else its text. Both are closed by the end of the assistant's turn.
@@ -176,7 +208,7 @@ class Choosing(Asking):
 
 
 @dataclass(frozen=True)
-class Rolling(Asking):
+class Rolling(PartByPart):
     """How likely the model finds plain text, read in windows of tokens. Outputs: (log p, tokens) an item."""
 
     window: int
@@ -198,7 +230,7 @@ Columns = Callable[[Sequence[Item]], list[tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Matching(Asking):
+class Matching(PartByPart):
     """How near pictures and texts lie. Outputs: (items, columns) cosines.
 
     A column that is several texts is the mean of their unit vectors, brought to unit length (CLIP's prompt ensembles,
