@@ -106,11 +106,15 @@ class PartByPart(Asking):
 
 
 class Task(ABC):
-    """One benchmark. `headline` names the metric that stands for it; `asking` is how it is put to a model."""
+    """One benchmark. `headline` names the metric that stands for it; `asking` is how it is put to a model.
+
+    less_is_better: of two scores the lower is the better one.
+    """
 
     name: str
     headline: str
     asking: Asking
+    less_is_better: bool = False
 
     @abstractmethod
     def score(self, items: Sequence[Item], outputs: Any) -> Scored:
@@ -253,12 +257,14 @@ class Matching(PartByPart):
         return list(np.asarray(model.embed_image([look.load(key)[0] for key in shown], batch_size=len(part))))
 
     def gather(self, items: Sequence[Item], look: Look, answered: Answered) -> np.ndarray:
-        words = [
-            np.mean([answered[Request(("text", text))] for text in column], axis=0) for column in self.columns(items)
-        ]
-        columns = np.stack([word / max(float(np.linalg.norm(word)), np.finfo(np.float32).tiny) for word in words])
-        seen = np.stack([answered[Request(("image", look.key(item.sample)))] for item in items])
-        return seen @ columns.T
+        # Each different pair is multiplied once: equal ones must tie exactly, and where in a product a row or a column
+        # stands may decide its last bit.
+        columns, column_of = _distinct(self.columns(items))
+        keys, row_of = _distinct([look.key(item.sample) for item in items])
+        words = [np.mean([answered[Request(("text", text))] for text in column], axis=0) for column in columns]
+        units = np.stack([word / max(float(np.linalg.norm(word)), np.finfo(np.float32).tiny) for word in words])
+        seen = np.stack([answered[Request(("image", key))] for key in keys])
+        return (seen @ units.T)[np.ix_(row_of, column_of)]
 
 
 # --------------------------------------------------------------------------------------------------------- beneath
@@ -291,6 +297,12 @@ def _conversations(asked: Sequence[tuple[Hashable, Item]], look: Look) -> list[l
         ]
         turns.append(before + user_turn(pictures[key], item.prompt))
     return turns
+
+
+def _distinct(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The different values, and for each value its place among them."""
+    places = {value: place for place, value in enumerate(dict.fromkeys(values))}
+    return list(places), [places[value] for value in values]
 
 
 def _with_pictures(messages: Iterable[dict[str, Any]], pictures: Pictures) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ COMMANDS = [
     "bench",
     "bench data",
     "bench score",
+    "bench eval",
     "train",
     "eval",
     "score",
