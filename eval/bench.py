@@ -1,6 +1,7 @@
-"""`vlm bench score`: how long the scoring of large prediction files takes. Knows what to measure; nothing of scoring.
+"""`vlm bench score` and `vlm bench eval`: how long scoring takes, and what `vlm eval` costs beside the decoding itself.
 
-It calls what a user calls, on files it makes: reading them is part of the time.
+Knows what to measure; nothing of scoring, nor of decoding. It calls what a user calls. Scoring is of files made here, and
+reading them is part of the time; an evaluation is of a model and of shards that are given.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vlm.benchmark import Row, seconds
+from vlm.api import load
+from vlm.benchmark import Row, interleaved, seconds
+from vlm.errors import UsageError
+from vlm.shards import Shards
 
+from .pictures import as_it_is
+from .run import evaluate
 from .score import score_caption, score_vqa
+from .tasks.shards import VQA
 
 PEOPLE, REFERENCES = 10, 5
 COLOURS = "red blue green black white yellow brown grey".split()
@@ -37,6 +44,37 @@ def bench_score(questions: int = 200_000, pictures: int = 40_000) -> list[Row]:
         _row("score vqa", vqa_seconds, f"{questions} answers, {answers} of people, read from JSON", "≤ 20 s"),
         _row("score caption", caption_seconds, f"{pictures} captions, {references} references", "≤ 60 s"),
     ]
+
+
+def bench_eval(model: str | Path, data: str | Path, batch: int = 32, limit: int = 64, rounds: int = 3) -> list[Row]:
+    """`evaluate` on the questions of the first `limit` samples of shards, beside a bare `VLM.generate` of the same prompts.
+
+    The peer's pictures are open and its conversations made before the clock runs; both put each prompt once, in the same
+    order, with the same batch. Ours opens the data, asks, scores and reports, once, without blind and shuffled.
+    Raises UsageError for data without questions about pictures.
+    """
+    loaded, task = load(model), VQA()
+    samples = Shards.open(data).first(limit)
+    items, look = task.items(samples, loaded.processor.caption_prompt), as_it_is(samples)
+    if not items:
+        raise UsageError(f"{data}: no {task.needs} in the first {limit} samples; give other data")
+    asking = task.asking
+    conversations = list(asking.conversations(asking.parts(items, look, batch), look))
+
+    def evaluated() -> None:
+        evaluate(loaded, [task.name], data, batch=batch, limit=limit, blind=False, shuffled=False)
+
+    def generated() -> None:
+        loaded.generate(conversations, batch_size=batch, max_new_tokens=asking.max_new_tokens, temperature=0.0)
+
+    generated()  # the first call of all is slower
+    speeds = interleaved(
+        lambda: len(conversations) / seconds(evaluated), lambda: len(conversations) / seconds(generated), rounds
+    )
+    conditions = (
+        f"{len(conversations)} questions on {len(samples)} samples of {data}, batch {batch}; peer: VLM.generate"
+    )
+    return [Row("vlm eval, vqa", *speeds, "questions/s", conditions, "≥ 0.9")]
 
 
 def _row(name: str, took: float, conditions: str, target: str) -> Row:

@@ -14,7 +14,8 @@ from vlm.page import document, none
 
 from . import report_sections as sections
 from .report_pictures import gallery
-from .report_run import RunRecord, read_run
+from .report_run import REPORT, RunRecord, read_run
+from .report_samples import STYLE, extremes
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -24,9 +25,10 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     evaluated; says so in the report where one of them is missing. Raises UsageError for a folder that holds no run.
     """
     run = read_run(Path(run_dir))
-    path = Path(out) if out is not None else run.folder / "report.html"
-    with atomic_write(path, "w") as file:
-        file.write(page(run))
+    path = Path(out) if out is not None else run.folder / REPORT
+    with atomic_write(path) as file:
+        # Half a character that the data may hold is no reason to have no report.
+        file.write(page(run).encode("utf-8", "replace"))
     return path
 
 
@@ -36,6 +38,7 @@ def page(run: RunRecord) -> str:
         gallery(run),
         sections.looking(run),
         sections.by_type(run),
+        extremes(run),
         sections.learning(run),
         sections.losses(run),
         sections.gates(run),
@@ -45,8 +48,8 @@ def page(run: RunRecord) -> str:
     ]
     missing = "".join(none(sentence) for sentence in run.missing)
     head = f"<header><p class='kicker'>{escape(run.folder.resolve().name)}</p><h1>{_title(run)}</h1><p>{_opening(run)}</p></header>"
-    body = "".join([head, sections.headline(run), missing, *parts, _footer(run)])
-    return document(f"{run.folder.resolve().name}: report", body)
+    body = "".join([head, sections.headline(run), missing, *parts, sections.footer(run)])
+    return document(f"{run.folder.resolve().name}: report", body, STYLE)
 
 
 def _title(run: RunRecord) -> str:
@@ -73,14 +76,3 @@ def _opening(run: RunRecord) -> str:
         "This page shows what it says about pictures it never saw, and how much of that comes from looking."
     )
     return " ".join(sentences)
-
-
-def _footer(run: RunRecord) -> str:
-    version = run.environment().get("versions", {}).get("vlm", "")
-    finished = str(run.environment().get("finished", ""))[:10]
-    facts = [
-        f"Model: {escape(str(run.results['model']))}" if "model" in run.results else "",
-        finished,
-        f"vlm {version}" if version else "",
-    ]
-    return f"<footer>{' · '.join(fact for fact in facts if fact)}</footer>"

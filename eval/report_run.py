@@ -16,6 +16,7 @@ from vlm.samples import Sample
 from vlm.shards import Shards
 
 Fields = dict[str, Any]
+REPORT = "report.html"
 
 
 @dataclass
@@ -71,11 +72,22 @@ def read_run(folder: Path) -> RunRecord:
     _read_config(run, folder / "config.yaml")
     _read_log(run, folder / "log.jsonl")
     _read_results(run, folder / "eval")
+    if not (run.stages or run.events or run.results) and (folder / "results.json").exists():
+        raise UsageError(
+            f"{folder}: an evaluation, and `vlm eval` wrote {REPORT} into it; give the `out` of a training run"
+        )
     if not (run.stages or run.events or run.results):
         raise UsageError(
             f"{folder}: neither log.jsonl nor eval/results.json is in it; give the `out` of a training run"
         )
     return run
+
+
+def read_evaluation(folder: Path) -> RunRecord:
+    """Read the folder of an evaluation alone. Raises UsageError if its results are no JSON object."""
+    evaluation = RunRecord(folder)
+    _read_results(evaluation, folder)
+    return evaluation
 
 
 def number(value: Any) -> float | None:

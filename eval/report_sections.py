@@ -5,7 +5,7 @@ Each section is a function of the record that returns HTML; what the record does
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
@@ -13,6 +13,7 @@ from vlm.charts import Bar, Line, bars, columns, duration, line_chart, percent, 
 from vlm.page import card, none, section, tile
 
 from .report_run import Fields, RunRecord, number
+from .tasks import TASKS, Benchmark
 
 # (task, metric, what it is in words) of everything that is a share of 1 and says how much is seen.
 SHARES = (
@@ -32,10 +33,11 @@ KEY = (
 def headline(run: RunRecord) -> str:
     """The few numbers that matter."""
     tiles = []
-    for task, metric, words in SHARES:
-        metrics = run.tasks().get(task, {})
-        if metric in metrics:
-            tiles.append(tile(percent(metrics[metric]), words, _beside(task, metric, metrics)))
+    for task, metric, words, metrics in _shares(run):
+        tiles.append(tile(percent(metrics[metric]), words, _beside(task, metric, metrics)))
+    for name, metric, metrics in _benchmarks(run):
+        if not _is_share(name, metric, metrics):
+            tiles.append(tile(_cell(metrics[metric]), f"{name}: {metric}", f"{metrics['n']:,} samples"))
     caption = run.tasks().get("caption", {})
     if "CIDEr" in caption and "attributes" not in caption:
         tiles.append(tile(f"{caption['CIDEr']:.2f}", "CIDEr of captions", f"of {caption['n']:,} pictures; 0 to 10"))
@@ -50,6 +52,28 @@ def headline(run: RunRecord) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
+def _shares(run: RunRecord) -> Iterator[tuple[str, str, str, Fields]]:
+    """(task, metric, the metric in words, all the task's metrics) of everything evaluated that is a share of 1."""
+    for task, metric, words in SHARES:
+        if metric in run.tasks().get(task, {}):
+            yield task, metric, words, run.tasks()[task]
+    for name, metric, metrics in _benchmarks(run):
+        if _is_share(name, metric, metrics):
+            yield name, metric, f"{name}: {metric}", metrics
+
+
+def _benchmarks(run: RunRecord) -> Iterator[tuple[str, str, Fields]]:
+    """(name, headline, metrics) of the official benchmarks, whose headline is a number."""
+    for name, metrics in run.tasks().items():
+        task = TASKS.get(name)
+        if isinstance(task, Benchmark) and number(metrics.get(task.headline)) is not None:
+            yield name, task.headline, metrics
+
+
+def _is_share(name: str, metric: str, metrics: Fields) -> bool:
+    return metric != "CIDEr" and not TASKS[name].less_is_better and 0.0 <= metrics[metric] <= 1.0
+
+
 def _beside(task: str, metric: str, metrics: Fields) -> str:
     notes = []
     blind = metrics.get("blind", {}).get(metric)
@@ -60,7 +84,8 @@ def _beside(task: str, metric: str, metrics: Fields) -> str:
         if metrics.get("ceiling_R@1", 1.0) < 1.0:
             notes.append(f"equal captions leave at most {percent(metrics['ceiling_R@1'])}")
     else:
-        notes.append(f"{metrics['n']:,} {'questions' if task == 'vqa' else 'pictures'}")
+        many = {"vqa": "questions", "caption": "pictures", "classification": "pictures"}.get(task, "samples")
+        notes.append(f"{metrics['n']:,} {many}")
     return ", ".join(notes)
 
 
@@ -72,13 +97,12 @@ def looking(run: RunRecord) -> str:
         "<b>shuffled</b> (with the picture of another sample). The distance between the long bar and the short ones is "
         "what the model gets from looking."
     )
-    rows = []
-    for task, metric, words in SHARES:
-        metrics = run.tasks().get(task, {})
-        if metric in metrics:
-            rows.append((words, _three_bars(metrics, lambda m, metric=metric: m[metric])))
+    rows = [
+        (words, _three_bars(metrics, lambda m, metric=metric: m[metric])) for _, metric, words, metrics in _shares(run)
+    ]
     if not rows:
-        return section("Is it really looking?", lead, none("No task was evaluated that a picture could help with."))
+        found = none("No task was evaluated whose score is a share that a picture could help with.")
+        return section("Is it really looking?", lead, found, _other_scores(run) if run.tasks() else "")
     return section("Is it really looking?", lead, card(KEY, bars(rows)), _looking_in_words(run), _other_scores(run))
 
 
@@ -334,3 +358,15 @@ def glossary(run: RunRecord) -> str:
     }
     listed = "".join(f"<dt>{escape(term)}</dt><dd>{escape(meaning)}</dd>" for term, meaning in entries.items())
     return section("How to read these numbers", "", card(f"<dl>{listed}</dl>"))
+
+
+def footer(run: RunRecord) -> str:
+    """The model, the day and the version."""
+    version = run.environment().get("versions", {}).get("vlm", "")
+    finished = str(run.environment().get("finished", ""))[:10]
+    facts = [
+        f"Model: {escape(str(run.results['model']))}" if "model" in run.results else "",
+        finished,
+        f"vlm {version}" if version else "",
+    ]
+    return f"<footer>{' · '.join(fact for fact in facts if fact)}</footer>"

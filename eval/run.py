@@ -37,6 +37,8 @@ from vlm.quantization import parameter_count
 from . import pictures
 from .plan import Job, Plan, Settings, find_splits
 from .processes import Share, answer_in_processes
+from .report_evaluation import write_evaluation
+from .report_run import REPORT
 from .resume import Answers, Kept, digest
 from .tasks import TASKS, Item, Scored
 from .tasks.base import Request
@@ -95,9 +97,10 @@ def evaluate(
     data: for the tasks on shards a folder of them, or one that holds `test` and perhaps `test-…` beside it; a task on such
     another split is called TASK@SPLIT, and runs where the split holds something for it. For a benchmark the folder that it
     was downloaded to, or one that holds it in a folder of the task's name. limit: the first so many samples of each split,
-    or questions of each benchmark. out: a folder for results.json, samples.jsonl and the official result files;
-    results.json is written last. choice: how options are chosen, `generate`, `letters` or `texts`. prompt: a template in
-    place of each benchmark's. shots: examples shown before each question. processes: how many answer, each its share.
+    or questions of each benchmark. out: a folder for samples.jsonl, the official result files, results.json, which is
+    written when they are whole, and report.html, which shows it all. choice: how options are chosen, `generate`, `letters`
+    or `texts`. prompt: a template in place of each benchmark's. shots: examples shown before each question. processes: how
+    many answer, each its share.
     Raises UsageError for an unknown task, for data that holds nothing for a task or not all of it, and for what the model
     can not do.
     """
@@ -166,8 +169,9 @@ def _answered(
     parts = asking.parts(job.items, look, plan.batch)
     name = job.name if look.name == TRUE else f"{job.name}, {look.name}"
     answers = Answers(kept, name, _bound(job, look, plan, parts) if kept else {}, share.process)
-    for number in _progress(name, [number for number in share.of(len(parts)) if number not in answers]):
-        answers.put(number, asking.put(model, parts[number], look))
+    left = [number for number in share.of(len(parts)) if number not in answers]
+    for place, told in _progress(name, asking.answers(model, [parts[number] for number in left], look), len(left)):
+        answers.put(left[place], told)
     return parts, answers
 
 
@@ -184,9 +188,10 @@ def _bound(job: Job, look: pictures.Look, plan: Plan, parts: list[list[Request]]
     }
 
 
-def _progress(label: str, parts: Sequence[Any]) -> Iterable[Any]:
+def _progress(label: str, answered: Iterable[Any], parts: int) -> Iterable[Any]:
     console = Console(stderr=True)
-    return track(parts, description=label, console=console, disable=not console.is_terminal, transient=True)
+    hidden = not console.is_terminal
+    return track(answered, description=label, total=parts, console=console, disable=hidden, transient=True)
 
 
 def _results(named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], plan: Plan) -> dict[str, Any]:
@@ -206,7 +211,8 @@ def _results(named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], p
 
 
 def _write(out: Path, results: dict[str, Any], outcomes: list[Outcome]) -> None:
-    (out / "results.json").unlink(missing_ok=True)  # what stands beside another run's numbers must not look like theirs
+    for name in (REPORT, "results.json"):  # what stands beside another run's numbers must not look like theirs
+        (out / name).unlink(missing_ok=True)
     with atomic_write(out / "samples.jsonl", "w") as file:
         for outcome in outcomes:
             for line in outcome.lines():
@@ -219,6 +225,7 @@ def _write(out: Path, results: dict[str, Any], outcomes: list[Outcome]) -> None:
     with atomic_write(out / "results.json", "w") as file:
         json.dump(_plain(results), file, indent=2, ensure_ascii=False)
         file.write("\n")
+    write_evaluation(out)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
@@ -105,13 +106,25 @@ class VLM:
         if isinstance(messages, str):
             raise UsageError("generate takes conversations, not a string; use complete for plain text")
         conversations = [messages] if _is_conversation(messages) else list(messages)
-        asked = [(self._prompt(conversation), pictures_of(conversation)) for conversation in conversations]
-        prompts = self._prompts(asked, batch_size)
+        prompts = self._prompts([self._asked(conversation) for conversation in conversations], batch_size)
         replies = [
-            [text.strip() for text in texts] for texts in self._replies(prompts, decoding, n, batch_size, len(asked))
+            [text.strip() for text in texts]
+            for texts in self._replies(prompts, decoding, n, batch_size, len(conversations))
         ]
         told = replies if n > 1 else [texts[0] for texts in replies]
         return told[0] if _is_conversation(messages) else told
+
+    def generate_each(
+        self, conversations: Iterable[Messages], *, batch_size: int = 32, **options: Any
+    ) -> Iterator[tuple[int, str]]:
+        """The replies that `generate` gives to many conversations, each with its number, in the order in which they end.
+
+        Conversations are taken as there is room, at most two batches ahead of the replies, so that there may be any number
+        of them and their pictures are opened late. options: the fields of `Decoding`.
+        """
+        prompts = self._prompts(map(self._asked, conversations), batch_size)
+        for place, _, text in self._ended(prompts, Decoding(**options), 1, batch_size, batch_size):
+            yield place, text.strip()
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
         """The reply that `generate` gives, piece by piece as it is made, white space at its ends included. Stopping early
@@ -135,7 +148,7 @@ class VLM:
 
     def prompt(self, messages: Messages) -> Prompt:
         """A conversation as tokens and pixels, for an engine."""
-        return next(self._prompts([(self._prompt(messages), pictures_of(messages))], 1))
+        return next(self._prompts([self._asked(messages)], 1))
 
     def text_prompt(self, text: str) -> Prompt:
         """Plain text to be continued as tokens, for an engine."""
@@ -251,11 +264,15 @@ class VLM:
         _filled("".join(texts), "question")
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
-    def _prompts(self, asked: Sequence[tuple[str, Sequence[Any]]], batch_size: int) -> Iterator[Prompt]:
+    def _asked(self, messages: Messages) -> tuple[str, Sequence[Any]]:
+        """A conversation as text with `<image>` places, and its pictures."""
+        text, images = self._prompt(messages), pictures_of(messages)
+        check_places(text, len(images))
+        return text, images
+
+    def _prompts(self, asked: Iterable[tuple[str, Sequence[Any]]], batch_size: int) -> Iterator[Prompt]:
         """Prompts with `<image>` places and the pictures of each. A picture that several name is prepared once a batch."""
-        for text, images in asked:
-            check_places(text, len(images))
-        for part in _parts(list(asked), batch_size):
+        for part in _parts(asked, batch_size):
             keyed = {_key(image): image for _, images in part for image in images}
             order = {key: index for index, key in enumerate(keyed)}
             pixels = self.processor.pixels(list(keyed.values())) if keyed else None
@@ -268,26 +285,35 @@ class VLM:
         self, prompts: Iterable[Prompt], decoding: Decoding, n: int, batch_size: int, count: int
     ) -> list[list[str]]:
         """`n` texts for each of `count` prompts, best first."""
-        if decoding.num_beams > 1:
-            return [texts for part in _parts(list(prompts), batch_size) for texts in self._search(part, decoding, n)]
         found: list[list[tuple[float, str]]] = [[] for _ in range(count)]
+        for place, mean, text in self._ended(prompts, decoding, n, batch_size, min(batch_size, count * n)):
+            found[place].append((mean, text))
+        return [[text for _, text in sorted(texts, key=lambda told: -told[0])] for texts in found]
+
+    def _ended(
+        self, prompts: Iterable[Prompt], decoding: Decoding, n: int, batch_size: int, rows: int
+    ) -> Iterator[tuple[int, float, str]]:
+        """Replies as they end, `n` to each prompt: the prompt's number, what the reply is worth beside its like, its text."""
+        if decoding.num_beams > 1:
+            searched = (texts for part in _parts(prompts, batch_size) for texts in self._search(part, decoding, n))
+            for place, texts in enumerate(searched):
+                yield from ((place, -float(rank), text) for rank, text in enumerate(texts))
+            return
         running: dict[Generation, int] = {}
 
-        def step(engine: Engine) -> None:
+        def step(engine: Engine) -> Iterator[tuple[int, float, str]]:
             for one in engine.step():
                 if one.finish_reason is not None:
-                    mean = one.log_probability / (len(one.tokens) + 1)
-                    found[running.pop(one)].append((mean, one.text))
+                    yield running.pop(one), one.log_probability / (len(one.tokens) + 1), one.text
 
-        with self._engine_of(min(batch_size, count * n)) as engine:
+        with self._engine_of(rows) as engine:
             for place, prompt in enumerate(prompts):
                 for number in range(place * n, place * n + n):
                     running[engine.add(prompt, _numbered(decoding, number))] = place
                 while engine.waiting >= batch_size:
-                    step(engine)
+                    yield from step(engine)
             while running:
-                step(engine)
-        return [[text for _, text in sorted(texts, key=lambda told: -told[0])] for texts in found]
+                yield from step(engine)
 
     def _pieces(self, prompt: Prompt, decoding: Decoding) -> Iterator[str]:
         with self._engine_of(1) as engine:
@@ -467,7 +493,8 @@ def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], list[bool]]
         yield ids[start:end], [place >= done for place in range(start, end)]
 
 
-def _parts(items: list[Item], size: int) -> Iterator[list[Item]]:
+def _parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     if size < 1:
         raise UsageError(f"batch_size is {size}; it must be at least 1")
-    return (items[start : start + size] for start in range(0, len(items), size))
+    left = iter(items)
+    return iter(lambda: list(islice(left, size)), [])

@@ -87,7 +87,7 @@ def eval_model(
     data: Annotated[
         str | None, typer.Option(help="shards, a folder of splits with test in it, or a benchmark's own folder")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="folder for results.json and samples.jsonl")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for results.json, samples.jsonl and report.html")] = None,
     limit: Annotated[int | None, typer.Option(help="only the first so many samples")] = None,
     batch: Annotated[int, typer.Option(help="samples at once")] = 64,
     blind: Annotated[bool, typer.Option(help="score it again with blank pictures")] = True,

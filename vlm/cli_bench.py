@@ -119,6 +119,24 @@ def bench_serve_command(
     _tell(bench_serve(model, clients=clients, requests=requests, tokens=tokens, rounds=rounds, soak=soak), out)
 
 
+@bench.command("eval")
+def bench_eval_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="folder or hub id of the model that answers")],
+    data: Annotated[Path, typer.Option(help="shards with questions about pictures, of one split")],
+    batch: Annotated[int, typer.Option(help="questions at once")] = 32,
+    limit: Annotated[int, typer.Option(help="only the first so many samples")] = 64,
+    rounds: Rounds = 3,
+    out: Out = None,
+) -> None:
+    """What an evaluation costs beside the decoding itself: questions a second.
+
+    Example: vlm bench eval runs/demo/model --data runs/scenes/test --out bench.json
+    """
+    from vlm.eval.bench import bench_eval
+
+    _tell(bench_eval(model, data, batch, limit, rounds), out)
+
+
 def _tell(rows: Sequence[Row], out: Path | None) -> None:
     import rich
 

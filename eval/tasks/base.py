@@ -3,9 +3,9 @@
 Knows conversations, pictures by the key of a look, and the surface of a loaded model. Knows nothing of files, of metrics,
 or of why a picture may be another sample's.
 
-A way of asking (`Asking`) turns items into requests, cut into parts that are put to the model one by one, and gathers
-from the answers what the task's `score` takes. So whoever runs a task may put the parts in any order, in several
-processes, or only those that nobody has answered yet.
+A way of asking (`Asking`) turns items into requests, cut into parts, and gathers from the answers what the task's `score`
+takes. So whoever runs a task may put the parts in any order, in several processes, or only those that nobody has answered
+yet.
 """
 
 from __future__ import annotations
@@ -83,20 +83,38 @@ class Asking(ABC):
         """Everything to be asked, each request once, in parts of at most `batch`."""
 
     @abstractmethod
-    def put(self, model: Any, part: Sequence[Request], look: Look) -> list[Any]:
-        """The model's answers to one part: texts, lists of numbers, or float32 vectors."""
+    def answers(self, model: Any, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[tuple[int, list[Any]]]:
+        """The model's answers to each part, with its place among the parts, as they are there: texts, lists of numbers, or
+        float32 vectors."""
 
     @abstractmethod
     def gather(self, items: Sequence[Item], look: Look, answered: Answered) -> Any:
         """The answers as the outputs that `Task.score` takes."""
 
 
+class PartByPart(Asking):
+    """A way to put items to a model whose parts are batches."""
+
+    def answers(self, model: Any, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[tuple[int, list[Any]]]:
+        """The answers of `put`."""
+        for place, part in enumerate(parts):
+            yield place, self.put(model, part, look)
+
+    @abstractmethod
+    def put(self, model: Any, part: Sequence[Request], look: Look) -> list[Any]:
+        """The model's answers to one part."""
+
+
 class Task(ABC):
-    """One benchmark. `headline` names the metric that stands for it; `asking` is how it is put to a model."""
+    """One benchmark. `headline` names the metric that stands for it; `asking` is how it is put to a model.
+
+    less_is_better: of two scores the lower is the better one.
+    """
 
     name: str
     headline: str
     asking: Asking
+    less_is_better: bool = False
 
     @abstractmethod
     def score(self, items: Sequence[Item], outputs: Any) -> Scored:
@@ -120,9 +138,27 @@ class Writing(Asking):
             distinct.sort(key=lambda request: len(request.load.prompt))
         return cut(distinct, batch)
 
-    def put(self, model: Any, part: Sequence[Request], look: Look) -> list[str]:
-        turns = _conversations([(request.key[0], request.load) for request in part], look)
-        return model.generate(turns, max_new_tokens=self.max_new_tokens, temperature=0.0, batch_size=len(part))
+    def answers(self, model: Any, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[tuple[int, list[str]]]:
+        """All parts go to the model together: a part that waits for its longest reply leaves no row idle."""
+        places = [(number, place) for number, part in enumerate(parts) for place in range(len(part))]
+        told: dict[int, dict[int, str]] = {}
+        for asked, reply in model.generate_each(
+            self.conversations(parts, look),
+            batch_size=max(map(len, parts), default=1),
+            max_new_tokens=self.max_new_tokens,
+            temperature=0.0,
+        ):
+            number, place = places[asked]
+            mine = told.setdefault(number, {})
+            mine[place] = reply
+            if len(mine) == len(parts[number]):
+                del told[number]
+                yield number, [mine[place] for place in range(len(mine))]
+
+    def conversations(self, parts: Sequence[Sequence[Request]], look: Look) -> Iterator[list[dict[str, Any]]]:
+        """What is said to the model, part after part; the pictures of a part are opened as it is reached."""
+        for part in parts:
+            yield from _conversations([(request.key[0], request.load) for request in part], look)
 
     def gather(self, items: Sequence[Item], look: Look, answered: Answered) -> list[str]:
         return [answered[self._request(item, look)] for item in items]
@@ -132,7 +168,7 @@ class Writing(Asking):
 
 
 @dataclass(frozen=True)
-class Weighing(Asking):
+class Weighing(PartByPart):
     """How likely the model finds the assistant's turns of `Item.messages`. Outputs: (log p, tokens) an item."""
 
     def parts(self, items: Sequence[Item], look: Look, batch: int) -> list[list[Request]]:
@@ -150,7 +186,7 @@ class Weighing(Asking):
 
 
 @dataclass(frozen=True)
-class Choosing(Asking):
+class Choosing(PartByPart):
     """How likely the model finds each option as the reply. Outputs: a list of (log p, tokens) an item, by option.
 
     letters: the reply is the option's letter, else its text. Both are closed by the end of the assistant's turn.
@@ -176,7 +212,7 @@ class Choosing(Asking):
 
 
 @dataclass(frozen=True)
-class Rolling(Asking):
+class Rolling(PartByPart):
     """How likely the model finds plain text, read in windows of tokens. Outputs: (log p, tokens) an item."""
 
     window: int
@@ -198,7 +234,7 @@ Columns = Callable[[Sequence[Item]], list[tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Matching(Asking):
+class Matching(PartByPart):
     """How near pictures and texts lie. Outputs: (items, columns) cosines.
 
     A column that is several texts is the mean of their unit vectors, brought to unit length (CLIP's prompt ensembles,
@@ -221,12 +257,14 @@ class Matching(Asking):
         return list(np.asarray(model.embed_image([look.load(key)[0] for key in shown], batch_size=len(part))))
 
     def gather(self, items: Sequence[Item], look: Look, answered: Answered) -> np.ndarray:
-        words = [
-            np.mean([answered[Request(("text", text))] for text in column], axis=0) for column in self.columns(items)
-        ]
-        columns = np.stack([word / max(float(np.linalg.norm(word)), np.finfo(np.float32).tiny) for word in words])
-        seen = np.stack([answered[Request(("image", look.key(item.sample)))] for item in items])
-        return seen @ columns.T
+        # Each different pair is multiplied once: equal ones must tie exactly, and where in a product a row or a column
+        # stands may decide its last bit.
+        columns, column_of = _distinct(self.columns(items))
+        keys, row_of = _distinct([look.key(item.sample) for item in items])
+        words = [np.mean([answered[Request(("text", text))] for text in column], axis=0) for column in columns]
+        units = np.stack([word / max(float(np.linalg.norm(word)), np.finfo(np.float32).tiny) for word in words])
+        seen = np.stack([answered[Request(("image", key))] for key in keys])
+        return (seen @ units.T)[np.ix_(row_of, column_of)]
 
 
 # --------------------------------------------------------------------------------------------------------- beneath
@@ -259,6 +297,12 @@ def _conversations(asked: Sequence[tuple[Hashable, Item]], look: Look) -> list[l
         ]
         turns.append(before + user_turn(pictures[key], item.prompt))
     return turns
+
+
+def _distinct(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
+    """The different values, and for each value its place among them."""
+    places = {value: place for place, value in enumerate(dict.fromkeys(values))}
+    return list(places), [places[value] for value in values]
 
 
 def with_pictures(messages: Iterable[dict[str, Any]], pictures: Pictures) -> list[dict[str, Any]]:

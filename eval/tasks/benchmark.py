@@ -93,6 +93,7 @@ class Benchmark(Task):
     train: Reader | None = None
     submission: Callable[[Item, Any], dict[str, Any]] | None = None
     way_name: str = ""
+    less_is_better: bool = False
 
     @property
     def way(self) -> Way:

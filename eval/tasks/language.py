@@ -72,7 +72,7 @@ def _metric(items: Sequence[Item], weighed: Sequence[tuple[float, int]]) -> Scor
 
 WAYS = {"weigh": Way("{question}", Rolling(WINDOW), lambda items, weighed: weighed)}
 BENCHMARKS = tuple(
-    Benchmark(name=name, headline="word_perplexity", read=read, ways=WAYS, metric=_metric)
+    Benchmark(name=name, headline="word_perplexity", read=read, ways=WAYS, metric=_metric, less_is_better=True)
     for name, read in (
         ("wikitext2", partial(_read_wikitext, name="wikitext-2-raw")),
         ("wikitext103", partial(_read_wikitext, name="wikitext-103-raw")),

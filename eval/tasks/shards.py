@@ -128,6 +128,7 @@ class Perplexity(ShardTask):
     """Perplexity per token of each sample's first text: caption, else answer, else conversation, else plain text."""
 
     name, headline, needs, asking = "perplexity", "perplexity", "captions, answers, conversations or texts", Weighing()
+    less_is_better = True
 
     def items(self, samples: Sequence[Sample], caption_prompt: str) -> list[Item]:
         items: list[Item] = []

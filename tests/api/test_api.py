@@ -84,6 +84,26 @@ def test_a_batch_of_conversations_equals_each_alone(talker, pictures, batch_size
     assert together == [reply(talker, conversation, 6) for conversation in conversations]
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 5}, {"num_beams": 2}])
+def test_replies_that_come_one_by_one_are_those_that_come_together(talker, pictures, options):
+    conversations = [user_turn([pictures[n % 3]] if n % 2 else [], f"Question {n}?" * (n + 1)) for n in range(11)]
+    together = talker.generate(conversations, batch_size=3, max_new_tokens=6, **options)
+    taken: list[int] = []
+
+    def late():
+        for number, conversation in enumerate(conversations):
+            taken.append(number)
+            yield conversation
+
+    replies = {}
+    for place, text in talker.generate_each(late(), batch_size=3, max_new_tokens=6, **options):
+        assert len(taken) <= len(replies) + 3 * 3, "two batches ahead of those that are being answered"
+        replies[place] = text
+    assert [replies[place] for place in range(11)] == together
+    with pytest.raises(UsageError, match="batch_size is 0"):
+        next(talker.generate_each(conversations, batch_size=0))
+
+
 def test_questions_on_one_picture_prepare_it_once(talker, pictures):
     seen: list[int] = []
     hook = talker.model.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))

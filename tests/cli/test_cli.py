@@ -30,6 +30,7 @@ COMMANDS = [
     "bench serve",
     "bench decode",
     "bench kernels",
+    "bench eval",
     "train",
     "eval",
     "score",

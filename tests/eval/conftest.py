@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,11 +49,12 @@ class Puppet:
         self.conversations: list[Any] = []
         self.vectors: dict[Any, np.ndarray] = {}
 
-    def generate(
-        self, conversations: Sequence[Any], *, batch_size: int, max_new_tokens: int, temperature: float
-    ) -> Any:
-        self.conversations += conversations
-        return [self.reply(*self._asked(turns[-1])) for turns in conversations]
+    def generate_each(
+        self, conversations: Iterable[Any], *, batch_size: int, max_new_tokens: int, temperature: float
+    ) -> Iterator[tuple[int, str]]:
+        for place, turns in enumerate(conversations):
+            self.conversations.append(turns)
+            yield place, self.reply(*self._asked(turns[-1]))
 
     def loglikelihood(self, conversations: Sequence[Any], *, batch_size: int) -> list[tuple[float, int]]:
         self.conversations += conversations

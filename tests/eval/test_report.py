@@ -235,9 +235,10 @@ def test_the_exact_commands_and_settings(page, results, finished):
 def test_held_out_pictures_with_what_was_said_and_what_is_true(page, finished):
     samples = list(Shards.open(finished / "scenes" / "test"))
     lines = [json.loads(line) for line in (finished / "run" / "eval" / "samples.jsonl").read_text("utf-8").splitlines()]
-    shown = [base64.b64decode(image["src"].partition(",")[2]) for image in page.all("img")]
+    gallery = page.source.split("<h2>What it sees</h2>")[1].split("</section>")[0]
+    shown = [base64.b64decode(data) for data in re.findall(r'<img src="data:image/png;base64,([^"]+)"', gallery)]
     assert shown == [sample.images[0] for sample in samples]
-    figures = re.findall(r"<figure.*?</figure>", page.source)
+    figures = re.findall(r"<figure.*?</figure>", gallery)
     for sample, figure in zip(samples, figures, strict=True):
         mine = [line for line in lines if line["key"] == sample.key and "@" not in line["task"]]
         asked = [line for line in mine if line["task"] == "vqa"]
@@ -254,7 +255,7 @@ def test_held_out_pictures_with_what_was_said_and_what_is_true(page, finished):
 
 def data_gone(copy: Path) -> None:
     results = json.loads((copy / "eval" / "results.json").read_text("utf-8"))
-    results["data"]["main"] = str(copy / "gone")
+    results["data"] = dict.fromkeys(results["data"], str(copy / "gone"))
     (copy / "eval" / "results.json").write_text(json.dumps(results))
 
 
@@ -324,7 +325,7 @@ def test_data_that_was_damaged_since_is_said(copy, finished, tmp_path):
     data = shutil.copytree(finished / "scenes" / "test", tmp_path / "test")
     (tar,) = data.glob("*.tar")
     results = json.loads((copy / "eval" / "results.json").read_text("utf-8"))
-    results["data"]["main"] = str(data)
+    results["data"] = {"main": str(data)}
     (copy / "eval" / "results.json").write_text(json.dumps(results))
     entry = Shards.open(data).entries[0]
     ((_, offset, size),) = [part for part in entry.parts if part[0] == "png"]
@@ -355,9 +356,10 @@ def test_nothing_from_the_data_becomes_markup(finished, copy, tmp_path):
     with open(copy / "config.yaml", "a", encoding="utf-8") as file:
         file.write(f"# {HOSTILE}\n")
     hostile = Page(write_report(copy).read_text("utf-8"))
-    assert hostile.text.count(HOSTILE) >= 8
+    assert hostile.text.count(HOSTILE) >= 8 and HOSTILE in hostile.sections["At its best and at its worst"]
     test_it_loads_nothing_and_runs_nothing(hostile)
-    assert len(hostile.all("img")) == 2
+    shown = 2 + 2 * len(tasks)
+    assert len(hostile.all("img")) == shown
 
 
 # Folders that hold no run
@@ -373,7 +375,8 @@ def test_a_folder_of_another_kind_is_refused_in_one_line(kind, finished, tmp_pat
         write_report(folder)
     assert str(folder) in str(refusal.value) and "\n" not in str(refusal.value)
     assert str(refusal.value).endswith("; give the `out` of a training run")
-    assert not (folder / "report.html").exists()
+    assert (folder / "report.html").exists() == (kind == "eval")  # its own, which `vlm eval` wrote
+    assert (kind == "eval") == ("an evaluation, and `vlm eval` wrote report.html into it" in str(refusal.value))
 
 
 @pytest.mark.parametrize("words", ["{", "[]", "null", '"x"', "[" * 100_000])

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,20 +51,18 @@ class SeeingModel:
             name_or_path="seeing", gates=lambda: {"0": (0.5, 0.25)}, parameters=lambda: [torch.zeros(3)], modules=list
         )
         self.asked: Counter[tuple[bytes, str]] = Counter()
-        self.batches: list[int] = []
+        self.questions: list[int] = []  # the batch that each was asked in
 
-    def generate(
-        self, conversations: Sequence[Any], *, batch_size: int, max_new_tokens: int, temperature: float
-    ) -> list:
-        assert temperature == 0 and len(conversations) <= batch_size
-        self.batches.append(len(conversations))
-        replies = []
-        for (turn,) in conversations:
+    def generate_each(
+        self, conversations: Iterable[Any], *, batch_size: int, max_new_tokens: int, temperature: float
+    ) -> Iterator[tuple[int, str]]:
+        assert temperature == 0 and batch_size >= 1
+        for place, (turn,) in enumerate(conversations):
             *pictures, text = turn["content"]
             self.asked[pictures[0]["image"].tobytes(), text["text"]] += 1
+            self.questions.append(batch_size)
             seen = self._name(pictures[0]["image"])
-            replies.append(f"a small {seen} circle" if text["text"] == PROMPT else seen)
-        return replies
+            yield place, f"a small {seen} circle" if text["text"] == PROMPT else seen
 
     def embed_image(self, images: Sequence[Image.Image], *, batch_size: int) -> torch.Tensor:
         return torch.stack([self._vector(self._name(image)) for image in images])
@@ -139,7 +137,7 @@ def test_each_picture_and_question_is_asked_once(model: SeeingModel, tmp_path: P
     # Four pictures with two questions each, as they are and exchanged: no two are the same. Blind, "What colour is it?"
     # is one question for all, and each "Is it …?" another.
     assert sum(model.asked.values()) == 8 + 8 + 5
-    assert max(model.batches) <= 3
+    assert set(model.questions) == {3}
 
 
 def test_a_scene_is_asked_what_its_shard_says(tmp_path: Path) -> None:
@@ -330,16 +328,17 @@ class Killed(BaseException):
     """What stops a run as a signal does."""
 
 
-def killed_after(batches: int, model: SeeingModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the model answer so many batches of questions, and no more."""
-    ask = model.generate
+def killed_after(questions: int, model: SeeingModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the model answer so many questions, and no more."""
+    ask = model.generate_each
 
-    def generate(*args: Any, **options: Any) -> list:
-        if len(model.batches) == batches:
-            raise Killed
-        return ask(*args, **options)
+    def generate_each(*args: Any, **options: Any) -> Iterator[tuple[int, str]]:
+        for told in ask(*args, **options):
+            if len(model.questions) > questions:
+                raise Killed
+            yield told
 
-    monkeypatch.setattr(model, "generate", generate)
+    monkeypatch.setattr(model, "generate_each", generate_each)
 
 
 def scores(results: dict[str, Any]) -> Any:
@@ -350,7 +349,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model: SeeingModel, tmp_path: Pat
     data, out = write_pictures(tmp_path / "data"), tmp_path / "out"
     straight = evaluate(SeeingModel(), ALL, data, batch=3)
     with monkeypatch.context() as patch:
-        killed_after(5, model, patch)
+        killed_after(14, model, patch)
         with pytest.raises(Killed):
             evaluate(model, ALL, data, out, batch=3)
     assert (tmp_path / ".out.answers").is_dir() and not (out / "results.json").exists()
@@ -361,7 +360,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model: SeeingModel, tmp_path: Pat
     assert scores(again) == scores(straight)
     whole = SeeingModel()
     evaluate(whole, ALL, data, batch=3)
-    assert len(model.batches) == len(whole.batches) + 1, "the one that was cut is asked twice, no other"
+    assert len(model.questions) == len(whole.questions) + 3 + 3, "the part that was cut and the one begun, no other"
     assert not (tmp_path / ".out.answers").exists()
 
 
@@ -369,7 +368,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model: SeeingModel, tmp_path: Pat
 def test_answers_to_something_else_are_not_taken(change: str, model: SeeingModel, tmp_path: Path, monkeypatch) -> None:
     data, out = write_pictures(tmp_path / "data"), tmp_path / "out"
     with monkeypatch.context() as patch:
-        killed_after(2, model, patch)
+        killed_after(6, model, patch)
         with pytest.raises(Killed):
             evaluate(model, ["vqa"], data, out, batch=3)
     other = SeeingModel()

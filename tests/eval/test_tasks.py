@@ -11,8 +11,9 @@ import pytest
 
 from vlm.cli import run as cli
 from vlm.errors import UsageError
+from vlm.eval.pictures import Gallery, as_it_is
 from vlm.eval.run import Shots, evaluate
-from vlm.eval.tasks import FAMILIES, TASKS, Benchmark, ShardTask
+from vlm.eval.tasks import FAMILIES, TASKS, Benchmark, Item, ShardTask
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "eval" / "TASKS.md").read_text("utf-8")
@@ -281,3 +282,19 @@ def test_the_command_takes_every_setting(textvqa, puppet, tmp_path: Path, monkey
         == 2
     )
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_equal_texts_tie_to_the_last_bit() -> None:
+    """Where in a product a column stands may decide its last bit, and equal captions would rank by that."""
+    rng = np.random.default_rng(0)
+    asking = TASKS["retrieval"].asking
+    for number in range(2, 40):
+        items = [Item(n, n, str(n), references=(f"text {rng.integers(3)}",)) for n in range(number)]
+        look = as_it_is([Gallery(str(n)) for n in range(number)])
+        requests = [request for part in asking.parts(items, look, 8) for request in part]
+        answered = {request: rng.normal(size=64).astype(np.float32) for request in requests}
+        similarity = asking.gather(items, look, answered)
+        assert similarity.shape == (number, number)
+        for text in {item.references for item in items}:
+            (equal,) = np.nonzero([item.references == text for item in items])
+            assert (similarity[:, equal] == similarity[:, equal[:1]]).all()
