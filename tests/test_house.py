@@ -23,7 +23,7 @@ FLOORS = {
     "benchmark charts configuration errors files image_structure machine samples settings settings_faults storage wording": 0,
     "adapters augmentation fusion images lora losses page shards vision": 1,
     "generation model processing saving": 2,
-    "api looking": 3,
+    "api demo looking": 3,
     "__init__": 3,
     "cli cli_bench cli_data": 5,
 }

@@ -308,6 +308,22 @@ def fill(
         print(f"{probability:.4f}  {token}")
 
 
+@app.command("demo")
+def demo(
+    model: ModelPath,
+    port: Annotated[int, typer.Option(help="where the page is: http://127.0.0.1:PORT")] = 7860,
+    device: Device = "auto",
+) -> None:
+    """A page on this machine alone: drop pictures, ask, and see where the model looked for each word.
+
+    Example: vlm demo runs/demo/model
+    """
+    import vlm
+    from vlm.demo import launch
+
+    launch(vlm.load(model, device=device), model, port)
+
+
 def _decoding(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_beams: int, seed: int | None
 ) -> dict[str, Any]:

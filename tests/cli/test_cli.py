@@ -36,6 +36,7 @@ COMMANDS = [
     "ask",
     "complete",
     "fill",
+    "demo",
 ]
 
 
