@@ -311,7 +311,7 @@ def fill(
 @app.command("demo")
 def demo(
     model: ModelPath,
-    port: Annotated[int, typer.Option(help="where the page is: http://127.0.0.1:PORT")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the page is at http://127.0.0.1:PORT")] = 7860,
     device: Device = "auto",
 ) -> None:
     """A page on this machine alone: drop pictures, ask, and see where the model looked for each word.

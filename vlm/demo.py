@@ -61,7 +61,7 @@ STYLE = """
 .answer .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr)); gap: 14px;
   align-items: center; }
 .answer figure { margin: 0; }
-.answer .frame { position: relative; width: min(100%, 460px * var(--wide)); aspect-ratio: var(--wide); margin: 0 auto;
+.answer .frame { position: relative; width: min(100%, 410px * var(--wide)); aspect-ratio: var(--wide); margin: 0 auto;
   border-radius: 10px; overflow: hidden; }
 .answer .frame img { position: absolute; inset: 0; width: 100%; height: 100%; max-width: none; margin: 0; border-radius: 0; }
 .answer .frame .heat { opacity: 0; transition: opacity 0.15s; }
@@ -82,8 +82,9 @@ def launch(talker: VLM, name: str, port: int) -> None:
 
     Raises UsageError where Gradio is missing, the model can not generate, or the port is taken.
     """
-    # Gradio reads it when it is imported, and would else tell its makers of every start.
+    # Gradio would else tell its makers of every start, and ask a proxy whether the page is up.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["no_proxy"] = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), HOST]))
     try:
         import gradio as gr
     except ImportError:
@@ -234,8 +235,8 @@ def looked(words: Sequence[Look], pictures: Sequence[Picture]) -> str:
     ramp = ", ".join(f"rgba({red}, {green}, {blue}, {min(1.0, alpha + 0.3)})" for red, green, blue, alpha in COLOURS)
     return (
         f'<style>{"".join([*rules, _rule("lookall")])}</style><div class="looking"><p class="said">{"".join(chips)}</p>'
-        f'<div class="bar"><span class="all">{_chip("lookall", "all words", checked=True)}</span><span>as everywhere'
-        f'<i class="ramp" style="background: linear-gradient(90deg, {ramp})"></i>{peak * patches:.1f} × as much</span></div>'
+        f'<div class="bar"><span class="all">{_chip("lookall", "all words", checked=True)}</span><span>an even share'
+        f'<i class="ramp" style="background: linear-gradient(90deg, {ramp})"></i>{peak * patches:.1f} × that</span></div>'
         f"{_figures(pictures, layers)}</div>"
     )
 

@@ -71,7 +71,8 @@ def served(model_folder) -> Iterator[int]:
     pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'vlm[demo]'")
     port = free_port()
     command = [str(Path(sys.executable).parent / "vlm"), "demo", model_folder, "--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    nowhere = dict.fromkeys(("http_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")  # nobody listens there, nor is asked
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | nowhere)
     try:
         assert select.select([server.stdout], [], [], START_SECONDS)[0], "it did not start in time"
         assert server.stdout.readline().strip() == f"http://127.0.0.1:{port}"
@@ -162,6 +163,12 @@ def test_an_answer_comes_piece_by_piece_and_ends_with_its_words(talker, gallery)
     assert last.count("<label") == last.count('class="heat') == len(words.split("<label")[1:]) + 1, "and all together"
 
 
+def test_what_the_model_says_is_no_html(talker, gallery, monkeypatch):
+    monkeypatch.setattr(talker, "stream", lambda *_, **__: iter(["<i>", " x"]))
+    pages = list(answers(talker, gallery, "What is it?", *DEFAULTS))
+    assert len(pages) == 3 and all("&lt;i&gt;" in page and "<i>" not in page for page in pages)
+
+
 def test_no_question_asks_for_a_caption_and_no_picture_has_no_map(talker, gallery):
     *_, captioned = answers(talker, gallery[:1], " ", *DEFAULTS)
     assert talker.processor.caption_prompt in captioned and 'class="heat' in captioned
@@ -196,10 +203,11 @@ def test_a_wrong_picture_is_one_line(talker, tmp_path):
     assert re.search('class="fault">the text has .* tokens', *answers(talker, [], "a" * 300, *DEFAULTS))
 
 
-def test_the_map_lies_over_what_the_model_saw(talker, gallery, make_picture):
+@pytest.mark.parametrize("mode", ["center", "squash"])
+def test_the_map_lies_over_what_the_model_saw(talker, gallery, make_picture, mode):
     """A processor that cuts: the cut is shown, for the map is of it alone."""
     prepared = talker.processor.image_processor
-    prepared.crop_mode, prepared.crop_pct = "center", 0.5
+    prepared.crop_mode, prepared.crop_pct = mode, 0.5
     try:
         *_, page = answers(talker, gallery[:1], "What is it?", *DEFAULTS)
         seen = talker.processor.pixels([make_picture(0)])[0].permute(1, 2, 0).numpy() * 0.5 + 0.5
@@ -258,6 +266,7 @@ def test_a_start_that_can_not_be(refused, model_folder, make_model, make_process
         port = taken.getsockname()[1]
         told = refused(model_folder, "--port", str(port))
     assert told == f"error: port {port} can not be had; choose another with --port"
+    assert re.search("'--port'.*65535", refused(model_folder, "--port", "99999"))
     save(make_model("bert"), make_processor(), tmp_path / "bert")
     assert "family 'bert' reads both ways and cannot generate" in refused(str(tmp_path / "bert"))
     monkeypatch.setitem(sys.modules, "gradio", None)
