@@ -24,7 +24,7 @@ FLOORS = {
     "adapters augmentation documents fusion images linear_cross_entropy lora losses page quantization quantized_linear routing "
     "shards vision": 1,
     "generation model processing quantization_bench saving": 2,
-    "api serve": 3,
+    "api demo looking serve": 3,
     "__init__": 3,
     "cli cli_bench cli_data": 5,
 }

@@ -386,6 +386,22 @@ def serve_model(
     serve(Service(loaded, name or model, limits, **engine), host, port, api_key)
 
 
+@app.command("demo")
+def demo(
+    model: ModelPath,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="the page is at http://127.0.0.1:PORT")] = 7860,
+    device: Device = "auto",
+) -> None:
+    """A page on this machine alone: drop pictures, ask, and see where the model looked for each word.
+
+    Example: vlm demo runs/demo/model
+    """
+    import vlm
+    from vlm.demo import launch
+
+    launch(vlm.load(model, device=device), model, port)
+
+
 def _decoding(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_beams: int, seed: int | None
 ) -> dict[str, Any]:

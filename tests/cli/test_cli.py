@@ -43,6 +43,7 @@ COMMANDS = [
     "fill",
     "quantize",
     "serve",
+    "demo",
 ]
 
 
