@@ -174,7 +174,7 @@ class Engine:
 
     def _worth_waiting(self, prompt: Prompt) -> bool:
         """Whether a row is about to have read what this prompt begins with, and no row has."""
-        have = max(self._shared(row.tokens, row.pictures, prompt) for row in self.rows)
+        _, have = self._likest(prompt)
         reading = [row.generation.prompt for row in self.rows[self.generating : self.active] if row.generation]
         coming = max((self._shared(one.ids, one.picture_keys, prompt) for one in reading), default=0)
         return coming - have >= WORTH_COPYING
@@ -182,24 +182,34 @@ class Engine:
     def _place(self, generation: Generation, unseen: dict[bytes, tuple[Tensor, list[tuple[int, int]]]]) -> None:
         """Give a request a row, with as much of its prompt as another row has read; `unseen` gathers pictures to encode."""
         prompt = generation.prompt
-        shared = [self._shared(row.tokens, row.pictures, prompt) for row in self.rows]
-        best = max(range(len(self.rows)), key=shared.__getitem__)
-        goes_on = best >= self.active and shared[best] == len(self.rows[best].tokens)
+        best, shared = self._likest(prompt)
+        goes_on = best >= self.active and shared == len(self.rows[best].tokens)
         oldest = min(range(self.active, len(self.rows)), key=lambda index: self.rows[index].freed)
         target = best if goes_on else oldest
         self._reserve(target, len(prompt.ids) + generation.decoding.max_new_tokens)
-        if target != best and shared[best] >= WORTH_COPYING:
-            self.slots.copy(best, target, shared[best])
+        if target != best and shared >= WORTH_COPYING:
+            self.slots.copy(best, target, shared)
         elif target != best:
-            shared[best] = 0
+            shared = 0
         self._hang(target, prompt, unseen)
         row = self.rows[target]
-        row.tokens, row.pictures, row.generation = prompt.ids[: shared[best]], prompt.picture_keys, generation
-        generation.reused = shared[best]
+        row.tokens, row.pictures, row.generation = prompt.ids[:shared], prompt.picture_keys, generation
+        generation.reused = shared
         self._swap(target, self.active)
         for _, places in unseen.values():
             places[:] = [(self.active if index == target else index, slot) for index, slot in places]
         self.active += 1
+
+    def _likest(self, prompt: Prompt) -> tuple[int, int]:
+        """The row that begins most like a prompt, and how many tokens they share."""
+        best, most = 0, 0
+        for index, row in enumerate(self.rows):
+            shared = self._shared(row.tokens, row.pictures, prompt) if row.tokens else 0
+            if shared > most:
+                best, most = index, shared
+            if most == len(prompt.ids) - 1:
+                break
+        return best, most
 
     def _shared(self, tokens: Sequence[int], pictures: Sequence[bytes], prompt: Prompt) -> int:
         """How many tokens a prompt and a row begin with in common, equal pictures in them; one of the prompt stays to be read."""
