@@ -248,7 +248,10 @@ def quantize_model(
 @app.command("caption")
 def caption(
     model: ModelPath,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG or WEBP files")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG or WEBP files, or folders of them")
+    ],
+    replicas: Annotated[int, typer.Option(help="so many processes, each with the model and its share")] = 1,
     device: Device = "auto",
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
@@ -257,16 +260,17 @@ def caption(
     num_beams: Beams = 1,
     seed: Seed = None,
 ) -> None:
-    """Describe pictures, one line each.
+    """Describe pictures, one line each, those of a folder by their names.
 
     Example: vlm caption runs/demo/model cat.jpg dog.jpg
     """
-    import vlm
+    from vlm.captioning import caption_all, pictures_in
 
     options = _decoding(max_new_tokens, temperature, top_k, top_p, num_beams, seed)
-    captions = vlm.load(model, device=device).caption([str(image) for image in images], **options)
-    for image, text in zip(images, captions, strict=True):
-        print(f"{image}: {text}" if len(images) > 1 else text)
+    pictures = pictures_in(images)
+    captions = caption_all(model, pictures, device, replicas, **options)
+    for picture, text in zip(pictures, captions, strict=True):
+        print(f"{picture}: {text}" if len(pictures) > 1 else text)
 
 
 @app.command("ask")
@@ -348,6 +352,9 @@ def serve_model(
     name: Annotated[str | None, typer.Option(help="what clients call the model; default: MODEL")] = None,
     device: Device = "auto",
     quantize: Annotated[str | None, typer.Option(help="int8 or int4; default: weights as saved")] = None,
+    replicas: Annotated[
+        int, typer.Option(help="so many engines, each on its GPU or its cores; what follows is for each", min=1)
+    ] = 1,
     rows: Annotated[int, typer.Option(help="replies decoded together")] = 16,
     length: Annotated[int | None, typer.Option(help="tokens of prompt and reply; default: all the model takes")] = None,
     queue: Annotated[int, typer.Option(help="replies that may wait for a row; more get 429")] = 64,
@@ -378,6 +385,12 @@ def serve_model(
     from vlm.serve.app import Service
 
     options: dict[str, Any] = {"device": device, "quantize": quantize}
+    if replicas > 1:
+        from vlm.serve.replica import Settings
+        from vlm.serve.replicas import serve_replicas
+
+        serve_replicas(replicas, Settings(model, name or model, limits, length, **options), host, port, api_key)
+        return
     serve(Service(vlm.load(model, **options), name or model, limits, length=length), host, port, api_key)
 
 
