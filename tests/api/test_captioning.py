@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import pytest
 import torch
 
-from vlm.captioning import caption_all, pictures_in
+from vlm.captioning import pictures_in
 from vlm.cli import run
-from vlm.errors import UsageError
-from vlm.processes import Share
+from vlm.errors import RunError, UsageError
+from vlm.processes import Share, in_processes
 from vlm.saving import save
 
 
@@ -53,13 +54,16 @@ def test_two_processes_say_what_one_does(folder, pictures, capsys):
     assert len({line.partition(": ")[2] for line in lines}) > 1
 
 
-def test_what_one_of_them_can_not_read_is_one_line(folder, pictures, capsys):
-    (pictures / "b.png").write_bytes(b"no picture")
-    assert run(["caption", folder, str(pictures), "--replicas", "2", "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "b.png" in error and error.count("\n") == 1
-    with pytest.raises(UsageError, match="replicas is 0"):
-        caption_all(folder, [pictures / "a.JPG"], replicas=0)
+def test_wrong_usage_is_told(folder, pictures, capsys):
+    assert run(["caption", folder, str(pictures), "--replicas", "0"]) == 2
+    assert capsys.readouterr().err == "error: replicas is 0; it must be at least 1\n"
+
+
+def test_a_process_that_is_killed_is_told(tmp_path, monkeypatch):
+    (tmp_path / "ends_at_once.py").write_text("import os\n\n\ndef work(share):\n    os.kill(os.getpid(), 9)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunError, match="one of 1 processes was killed; buy memory"):
+        in_processes(importlib.import_module("ends_at_once").work, 1, mend="buy memory")
 
 
 @pytest.mark.parametrize(("cores", "processes"), [(2, 2), (8, 3), (7, 1), (64, 64)])

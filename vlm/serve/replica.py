@@ -51,8 +51,8 @@ class _Server(Server):
         return await super().on_tick(counter) or self._service.health()["status"] == "dead"
 
 
-def main() -> None:
-    """Serve until a signal comes, the engine fails, or standard input ends."""
+def main() -> int:
+    """Serve until a signal comes, the engine fails, or standard input ends; the exit code."""
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is no answer
     asked = json.loads(sys.stdin.buffer.readline())
@@ -62,7 +62,7 @@ def main() -> None:
         service = _service(asked["settings"], Share(**asked["share"]))
     except (UsageError, RunError) as error:
         print(json.dumps({"error": str(error)}), file=told, flush=True)
-        sys.exit(1)
+        return 1
     path.unlink(missing_ok=True)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
@@ -70,7 +70,7 @@ def main() -> None:
         server = _Server(service)
         print(json.dumps({"error": None}), file=told, flush=True)
         server.run(sockets=[listening])
-    sys.exit(service.worker.dead)
+    return int(service.worker.dead)
 
 
 def _service(settings: dict[str, Any], share: Share) -> Service:
@@ -81,10 +81,11 @@ def _service(settings: dict[str, Any], share: Share) -> Service:
 
 def _end_with_parent(folder: Path) -> None:
     """Nobody else is left to remove the folder of the sockets when the parent was killed."""
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):  # not by sys.stdin, whose lock the interpreter wants when it ends
+        pass
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    os._exit(main())  # nothing is left to put away, and the interpreter would take seconds to look for it
