@@ -15,6 +15,8 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import psutil
 import pytest
 
 from vlm.cli import run
-from vlm.errors import UsageError
+from vlm.errors import RunError, UsageError
 from vlm.processes import Share
 from vlm.saving import save
 from vlm.serve.app import Stream
@@ -203,6 +205,47 @@ def test_what_hinders_a_replica_is_told(tmp_path):
 
     with pytest.raises(UsageError, match="nowhere"):
         asyncio.run(start())
+
+
+@pytest.fixture
+def dying(tmp_path, monkeypatch) -> Callable[[], Replicas]:
+    """Two replicas of which each ends as soon as it begins."""
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return partial(Replicas, Settings("", "tiny", Limits()), tmp_path, 2)
+
+
+def test_one_that_ends_before_it_can_be_asked_is_told(dying):
+    async def start() -> None:
+        replicas = dying()
+        try:
+            await replicas.start()
+        finally:
+            await replicas.end()
+
+    with pytest.raises(RunError, match="replica [01] ended with 3 before it could be asked; see above"):
+        asyncio.run(start())
+
+
+def test_one_that_never_lives_is_given_up(dying, monkeypatch, caplog):
+    monkeypatch.setattr("vlm.serve.replicas.ATTEMPTS", 2)
+
+    async def live() -> None:
+        replicas = dying()
+        with suppress(RunError):
+            await replicas.start()
+        async with replicas.life():
+            while replicas._given_up < 2:
+                await asyncio.sleep(0.05)
+            assert replicas.health() == {"status": "dead", "replicas": 2, "alive": 0}
+            with pytest.raises(Refusal, match="no replica lives; start the server again"):
+                await replicas.chat(b"{}")
+        await replicas.end()
+
+    asyncio.run(asyncio.wait_for(live(), 60))
+    assert caplog.text.count("has failed 2 times and is given up") == 2
 
 
 def test_wrong_usage(folder, capsys):
