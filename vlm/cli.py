@@ -379,6 +379,7 @@ def serve_model(
         rows=rows, queue=queue, wait=wait, body_bytes=max_body, images=max_images, pixels=max_pixels, choices=max_n
     )
     try:
+        from vlm.serve.replicas import serve_replicas
         from vlm.serve.server import serve
     except ModuleNotFoundError as error:
         raise UsageError(f"vlm serve needs {error.name}; pip install 'vlm[serve]'") from None
@@ -387,7 +388,6 @@ def serve_model(
     options: dict[str, Any] = {"device": device, "quantize": quantize}
     if replicas > 1:
         from vlm.serve.replica import Settings
-        from vlm.serve.replicas import serve_replicas
 
         serve_replicas(replicas, Settings(model, name or model, limits, length, **options), host, port, api_key)
         return
