@@ -32,11 +32,12 @@ from vlm.api import load
 from vlm.errors import UsageError
 from vlm.files import atomic_write
 from vlm.machine import environment, peak_memory_gib
+from vlm.processes import Share
 from vlm.quantization import parameter_count
 
 from . import pictures
 from .plan import Job, Plan, Settings, find_splits
-from .processes import Share, answer_in_processes
+from .processes import answer_in_processes
 from .report_evaluation import write_evaluation
 from .report_run import REPORT
 from .resume import Answers, Kept, digest

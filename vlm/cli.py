@@ -248,7 +248,10 @@ def quantize_model(
 @app.command("caption")
 def caption(
     model: ModelPath,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG or WEBP files")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="JPEG, PNG or WEBP files, or folders of them")
+    ],
+    replicas: Annotated[int, typer.Option(help="so many processes, each with the model and its share")] = 1,
     device: Device = "auto",
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
@@ -257,16 +260,17 @@ def caption(
     num_beams: Beams = 1,
     seed: Seed = None,
 ) -> None:
-    """Describe pictures, one line each.
+    """Describe pictures, one line each, those of a folder by their names.
 
     Example: vlm caption runs/demo/model cat.jpg dog.jpg
     """
-    import vlm
+    from vlm.captioning import caption_all, pictures_in
 
     options = _decoding(max_new_tokens, temperature, top_k, top_p, num_beams, seed)
-    captions = vlm.load(model, device=device).caption([str(image) for image in images], **options)
-    for image, text in zip(images, captions, strict=True):
-        print(f"{image}: {text}" if len(images) > 1 else text)
+    pictures = pictures_in(images)
+    captions = caption_all(model, pictures, device, replicas, **options)
+    for picture, text in zip(pictures, captions, strict=True):
+        print(f"{picture}: {text}" if len(pictures) > 1 else text)
 
 
 @app.command("ask")
@@ -352,6 +356,9 @@ def serve_model(
         bool, typer.Option("--compile", help="compile decoding: slow first replies, then quicker")
     ] = False,
     int8_cache: Annotated[bool, typer.Option("--int8-cache", help="keys and values of the text in 8 bits")] = False,
+    replicas: Annotated[
+        int, typer.Option(help="so many engines, each on its GPU or its cores; what follows is for each", min=1)
+    ] = 1,
     rows: Annotated[int, typer.Option(help="replies decoded together")] = 16,
     length: Annotated[int | None, typer.Option(help="tokens of prompt and reply; default: all the model takes")] = None,
     queue: Annotated[int, typer.Option(help="replies that may wait for a row; more get 429")] = 64,
@@ -369,21 +376,22 @@ def serve_model(
     Pictures come as data URLs; addresses are never fetched. /health and Prometheus's /metrics need no key. SIGTERM and
     Ctrl-C finish what has been asked; a second one does not.
     """
-    import vlm
     from vlm.serve.limits import Limits
 
     limits = Limits(
         rows=rows, queue=queue, wait=wait, body_bytes=max_body, images=max_images, pixels=max_pixels, choices=max_n
     )
     try:
+        from vlm.serve.replica import Settings
+        from vlm.serve.replicas import serve_replicas
         from vlm.serve.server import serve
     except ModuleNotFoundError as error:
         raise UsageError(f"vlm serve needs {error.name}; pip install 'vlm[serve]'") from None
-    from vlm.serve.app import Service
-
-    loaded = vlm.load(model, device=device, quantize=quantize)
-    engine = {"length": length, "compile": compile, "int8_cache": int8_cache}
-    serve(Service(loaded, name or model, limits, **engine), host, port, api_key)
+    settings = Settings(model, name or model, limits, length, device, quantize, compile, int8_cache)
+    if replicas > 1:
+        serve_replicas(replicas, settings, host, port, api_key)
+    else:
+        serve(settings.service(), host, port, api_key)
 
 
 @app.command("demo")

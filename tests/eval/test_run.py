@@ -22,10 +22,10 @@ from vlm.errors import UsageError
 from vlm.eval import pictures
 from vlm.eval.metrics.attributes import Vocabulary
 from vlm.eval.plan import Plan
-from vlm.eval.processes import Share
 from vlm.eval.run import answer, evaluate, find_splits, summary
 from vlm.eval.tasks import TASKS
 from vlm.eval.tasks.shards import _things
+from vlm.processes import Share
 from vlm.samples import Sample, parse_sample
 from vlm.shards import Shards, ShardWriter
 

@@ -12,9 +12,9 @@ import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from fastapi import FastAPI, Request
@@ -33,7 +33,7 @@ from .prompts import Prompts
 from .refusals import Refusal
 from .replies import DONE, Form, Trimmed, Usage, embeddings, event, model_card
 from .requests import Asked, ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, Strict, read_request
-from .worker import Job, Places, Progress, Worker
+from .worker import Job, Progress, Worker
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 BODIES: dict[str, type[Strict]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest, EMBEDDINGS: EmbeddingRequest}
@@ -42,8 +42,38 @@ EMBEDDED_AT_ONCE = 8  # between two steps of the engine
 Result = TypeVar("Result")
 
 
+class Answering(Protocol):
+    """What the routes ask. name: what clients call the model. created: since when, in seconds of Unix time."""
+
+    name: str
+    created: int
+    limits: Limits
+    metrics: Metrics
+
+    async def chat(self, body: bytes) -> Response:
+        """Answer /v1/chat/completions. Raises Refusal, as the next two."""
+
+    async def complete(self, body: bytes) -> Response:
+        """Answer /v1/completions."""
+
+    async def embed(self, body: bytes) -> Response:
+        """Answer /v1/embeddings."""
+
+    def health(self) -> dict[str, Any]:
+        """`{"status": "ok"}`, or another word where nothing can be asked, and what else is known."""
+
+    async def measured(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+
+    def life(self) -> AbstractAsyncContextManager[None]:
+        """What goes on while it answers."""
+
+    async def drain(self) -> None:
+        """Take nothing new, and return when all that was taken is answered."""
+
+
 class Service:
-    """One model and everything that answers for it. name: what clients call the model."""
+    """One model and everything that answers for it: `Answering`. name: what clients call the model."""
 
     def __init__(self, vlm: VLM, name: str, limits: Limits, *, length: int | None = None, **engine: Any) -> None:
         self.name, self.limits = name, limits
@@ -98,7 +128,7 @@ class Service:
             # The first of it is waited for, so that a deadline or a dead engine is still told by the status.
             first = await anext(progress)
             with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            stream = _Stream(_chunks(form, jobs, _with_first(first, progress), with_usage), places)
+            stream = Stream(_chunks(form, jobs, _with_first(first, progress), with_usage), places.close)
             streams = True
             return stream
         finally:
@@ -131,22 +161,30 @@ class Service:
             rows[list(pictures)] = self._embedder.embed_image(list(pictures.values()))
         return rows
 
-    async def end(self) -> None:
-        """Let go of the threads."""
+    def health(self) -> dict[str, Any]:
+        """Whether the engine lives and takes requests."""
+        return {"status": "dead" if self.worker.dead else "draining" if self.worker.draining else "ok"}
+
+    async def measured(self) -> bytes:
+        """All metrics in Prometheus's text format."""
+        return self.metrics.text()
+
+    @asynccontextmanager
+    async def life(self) -> AsyncIterator[None]:
+        """The engine works, and its threads are let go of at the end."""
+        self.worker.start()
+        yield
         self.worker.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    async def drain(self) -> None:
+        """Take nothing new, and return when all that was taken is answered."""
+        await self.worker.drain()
 
-def make_app(service: Service, api_key: str | None = None) -> FastAPI:
-    """The application of a service."""
 
-    @asynccontextmanager
-    async def life(app: FastAPI) -> AsyncIterator[None]:
-        service.worker.start()
-        yield
-        await service.end()
-
-    app = FastAPI(title="vlm serve", docs_url=None, redoc_url=None, lifespan=life)
+def make_app(service: Answering, api_key: str | None = None) -> FastAPI:
+    """The application of what answers."""
+    app = FastAPI(title="vlm serve", docs_url=None, redoc_url=None, lifespan=lambda _: service.life())
     app.add_exception_handler(Refusal, _tell)
     app.add_exception_handler(HTTPException, _tell_http)
 
@@ -176,13 +214,12 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        worker = service.worker
-        state = "dead" if worker.dead else "draining" if worker.draining else "ok"
-        return _json({"status": state}, 200 if state == "ok" else 503)
+        told = service.health()
+        return _json(told, 200 if told["status"] == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+        return Response(await service.measured(), media_type=CONTENT_TYPE)
 
     routes = frozenset(route.path for route in app.routes if hasattr(route, "path"))
     app.add_middleware(
@@ -192,18 +229,18 @@ def make_app(service: Service, api_key: str | None = None) -> FastAPI:
     return app
 
 
-class _Stream(StreamingResponse):
-    """Server-sent events from places that are given back whatever becomes of the client, even before the first of them."""
+class Stream(StreamingResponse):
+    """Server-sent events. `close` is called whatever becomes of the client, even before the first of them."""
 
-    def __init__(self, chunks: AsyncIterator[bytes], places: Places) -> None:
+    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(chunks, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self._places = places
+        self._close = close
 
     async def __call__(self, *arguments: Any) -> None:
         try:
             await super().__call__(*arguments)
         finally:
-            self._places.close()
+            self._close()
 
 
 async def _whole(form: Form, jobs: Sequence[Job], progress: AsyncIterator[tuple[int, Progress]]) -> Response:

@@ -54,6 +54,11 @@ def internal_error() -> Refusal:
     return Refusal(500, "the server failed at this request; its log says at what", code="internal_error")
 
 
+def shutting_down() -> Refusal:
+    """What is told of what comes after the end has begun."""
+    return Refusal(503, "the server is shutting down; ask another", code="shutting_down", retry_after=1)
+
+
 def log_failure(error: BaseException) -> None:
     """Log where a fault arose and of what kind it is. Its message is left out: it may quote what a client sent."""
     frames = "".join(traceback.format_tb(error.__traceback__))

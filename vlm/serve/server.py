@@ -17,7 +17,7 @@ import uvicorn
 
 from vlm.errors import RunError, UsageError
 
-from .app import Service, make_app
+from .app import Answering, make_app
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -25,11 +25,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Server(uvicorn.Server):
     """uvicorn around one service."""
 
-    def __init__(self, service: Service, api_key: str | None = None) -> None:
+    def __init__(self, service: Answering, api_key: str | None = None) -> None:
         # No line for each request: the metrics count them, and a log that has no request in it has no picture in it.
         app = make_app(service, api_key)
         super().__init__(uvicorn.Config(app, http="h11", ws="none", log_level="warning", access_log=False))
-        self._worker = service.worker
+        self._service = service
         self._ending: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
 
     async def end(self) -> None:
         """Answer what was asked, then stop."""
-        await self._worker.drain()
+        await self._service.drain()
         self.should_exit = True
 
 
@@ -64,12 +64,17 @@ def bind(host: str, port: int) -> socket.socket:
         raise UsageError(f"{host}:{port}: can not be listened on ({error.strerror or error}); choose another") from None
 
 
-def serve(service: Service, host: str, port: int, api_key: str | None = None) -> None:
+def tell_address(name: str, host: str, listening: socket.socket) -> None:
+    """Print where what can be reached."""
+    place = f"[{host}]" if ":" in host else host
+    print(f"serving {name} at http://{place}:{listening.getsockname()[1]}/v1", flush=True)
+
+
+def serve(service: Answering, host: str, port: int, api_key: str | None = None) -> None:
     """Serve until a signal comes. Raises UsageError for a port that is taken, RunError where the server did not start."""
     with bind(host, port) as listening:
         server = Server(service, api_key)
-        place = f"[{host}]" if ":" in host else host
-        print(f"serving {service.name} at http://{place}:{listening.getsockname()[1]}/v1", flush=True)
+        tell_address(service.name, host, listening)
         server.run(sockets=[listening])
         if not server.started:
             raise RunError("the server did not start; see above")

@@ -22,7 +22,7 @@ from vlm.generation.request import Generation, Prompt
 
 from .limits import Limits
 from .metrics import Metrics
-from .refusals import Refusal, internal_error, log_failure
+from .refusals import Refusal, internal_error, log_failure, shutting_down
 
 log = logging.getLogger("vlm.serve")
 Job = tuple[Prompt, Decoding]
@@ -121,7 +121,7 @@ class Worker:
         if self.dead:
             raise _dead()
         if self.draining:
-            raise Refusal(503, "the server is shutting down; ask another", code="shutting_down", retry_after=1)
+            raise shutting_down()
         room = self._limits.rows + self._limits.queue - len(self._places)
         if count > room:
             told = f"{count} replies are asked for and there is room for {room}; try again"
