@@ -12,12 +12,15 @@ from typing import Any
 from vlm.errors import UsageError
 
 from .config import Config, Stage
+from .tensor_parallel import layer_specs
 
 AUTO = "auto"
 
 
-def deepspeed_config(config: Config, stage: Stage, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for `stage` on `world_size` ranks.
+def deepspeed_config(config: Config, stage: Stage, world_size: int, family: str = "") -> dict[str, Any]:
+    """DeepSpeed's JSON for `stage` on `world_size` ranks, or groups of `tensor_parallel` that hold one model together.
+
+    family: of the language model, which tensor parallelism cuts up.
 
     Optimizer and schedule are the loop's own, so there is no section for them unless the user gives one. `"auto"`
     values are filled in, or left to DeepSpeed's default where the config has nothing to say. Raises UsageError with
@@ -26,6 +29,15 @@ def deepspeed_config(config: Config, stage: Stage, world_size: int) -> dict[str,
     merged = _load(config.deepspeed)
     _fill(merged, {**_batches(stage, world_size), **_precision(config, merged), **_rest(config, stage)}, stage, "")
     _drop_auto(merged)
+    if config.tensor_parallel > 1:
+        if "partition_config" in merged["tensor_parallel"]:
+            raise UsageError(
+                f"deepspeed: tensor_parallel.partition_config is set, and tensor_parallel {config.tensor_parallel} brings its "
+                "own; remove it"
+            )
+        merged["tensor_parallel"]["partition_config"] = {"use_default_specs": False, "layer_specs": layer_specs(family)}
+        # DeepSpeed takes it for the batch of all processes, as if none of them saw the same.
+        del merged["train_batch_size"]
     offload = merged["zero_optimization"].get("offload_optimizer") or {}
     if stage.ema is not None and offload.get("device") == "nvme":
         raise UsageError(
@@ -101,12 +113,14 @@ def _rest(config: Config, stage: Stage) -> dict[str, Any]:
         # orthogonal one, and a limit of 1 would shrink them all by as much.
         "gradient_clipping": 0.0 if muon else stage.clip,
         "zero_optimization": {"stage": config.zero, **whole_gradients},
+        "tensor_parallel": {"autotp_size": config.tensor_parallel},
         # Filled in where the user writes a section with "auto", never added.
         "optimizer": {"params": {"lr": stage.lr, "weight_decay": stage.weight_decay}},
     }
 
 
 ONLY_IF_GIVEN = ("optimizer",)
+ALONE = {"autotp_size": 1}
 NAMES = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "micro_batch",
@@ -114,6 +128,7 @@ NAMES = {
     "gradient_clipping": "clip",
     "zero_optimization.stage": "zero",
     "zero_optimization.reduce_scatter": "optimizer muon with zero 3",
+    "tensor_parallel.autotp_size": "tensor_parallel",
     "bf16.enabled": "precision bf16",
     "fp16.enabled": "precision fp16",
     "torch_autocast.enabled": "precision bf16",
@@ -126,7 +141,7 @@ NAMES = {
 def _fill(given: dict[str, Any], ours: dict[str, Any], stage: Stage, above: str) -> None:
     for key, value in ours.items():
         name = above + key
-        if key in ONLY_IF_GIVEN and key not in given:
+        if key not in given and (key in ONLY_IF_GIVEN or value == ALONE):
             continue
         if isinstance(value, dict):
             section = given.setdefault(key, {})
