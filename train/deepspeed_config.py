@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
 from vlm.errors import UsageError
 
 from .config import Config, Stage
@@ -43,11 +45,29 @@ def deepspeed_config(config: Config, stage: Stage, world_size: int, family: str 
         raise UsageError(
             f"ema {stage.ema:g} averages weights in memory, and deepspeed: offload_optimizer.device is nvme; remove one"
         )
+    _check_offload(merged["zero_optimization"], config.zero)
     # The loop's optimizers are torch's own; ZeRO takes them only if it is told so.
     merged.setdefault("zero_allow_untested_optimizer", True)
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     merged.setdefault("steps_per_print", 10**9)
     return merged
+
+
+# What may lie in the memory of the host or on a disk -> the ZeRO stages that move it there.
+OFFLOAD = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+
+
+def _check_offload(section: dict[str, Any], zero: int) -> None:
+    for name, stages in OFFLOAD.items():
+        device = (section.get(name) or {}).get("device", "none")
+        if device != "none" and zero not in stages:
+            able = " or ".join(map(str, stages))
+            raise UsageError(f"deepspeed: {name}.device is {device}, which zero {zero} does not do; use zero {able}")
+        if device == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UsageError(
+                f"deepspeed: {name}.device is nvme, and DeepSpeed's async_io does not build here; install libaio-dev and g++, "
+                "or offload to cpu"
+            )
 
 
 def micro_batch_size(stage: Stage, world_size: int) -> int:
