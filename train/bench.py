@@ -26,7 +26,7 @@ from vlm.files import atomic_write
 from vlm.settings import annotated_yaml
 from vlm.shards import ShardWriter
 
-from . import bench_memory
+from . import bench_memory, bench_zero
 from .batches import Batch, on_device
 from .bench_packing import bench_packing
 from .bench_peers import IdeficsPeer, OpenClipPeer
@@ -72,7 +72,7 @@ def bench_train(against: str | None = None, rounds: int = 3) -> list[Row]:
 
     against: "open_clip", contrastive steps; "idefics", joint steps; "padded", joint and text steps without packing;
     "gradcache", the memory of a contrastive batch that is cut up beside that of one micro-batch; "long", that of a text of
-    16 384 tokens beside one of 4 096; None: the first three.
+    16 384 tokens beside one of 4 096; "zero", what a rank holds under each ZeRO stage; None: the first three.
     Raises UsageError for another name.
     """
     groups: dict[str, Callable[[], list[Row]]] = {
@@ -81,6 +81,7 @@ def bench_train(against: str | None = None, rounds: int = 3) -> list[Row]:
         "padded": partial(bench_packing, rounds=rounds),
         "gradcache": bench_gradcache,
         "long": bench_memory.rows,
+        "zero": bench_zero.rows,
     }
     if against is not None and against not in groups:
         raise UsageError(f"there is no {against} to measure against; use one of {', '.join(groups)}")

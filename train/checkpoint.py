@@ -32,7 +32,8 @@ from vlm.saving import read, save
 
 from .average import Average
 from .config import Stage
-from .ranks import is_main
+from .ranks import copies, is_main
+from .tensor_parallel import whole
 
 LATEST, PROGRESS, STATE, MODEL = "latest", "progress.json", "state", "model"
 
@@ -106,7 +107,8 @@ class Checkpoints:
         folder = self.folder / marker.read_text("utf-8").strip()
         try:
             told = json.loads((folder / PROGRESS).read_text("utf-8"))
-            ranks, files, progress = told.pop("ranks"), told.pop("files"), Progress(**told)
+            ranks, files, together = told.pop("ranks"), told.pop("files"), told.pop("tensor_parallel")
+            progress = Progress(**told)
         except (OSError, ValueError, KeyError, TypeError):
             kept = ", ".join(sorted(path.parent.name for path in self.folder.glob(f"*/{PROGRESS}"))) or "none"
             raise UsageError(
@@ -121,6 +123,10 @@ class Checkpoints:
         if (folder / STATE).is_dir() and ranks != dist.get_world_size():
             raise UsageError(
                 f"{folder} was written by {ranks} processes and this run has {dist.get_world_size()}; resume with {ranks}"
+            )
+        if (folder / STATE).is_dir() and together != copies():
+            raise UsageError(
+                f"{folder} was written with tensor_parallel {together} and this run has {copies()}; resume with {together}"
             )
         return progress, folder
 
@@ -178,7 +184,8 @@ class Checkpoints:
     def _write_progress(self, folder: Path, progress: Progress) -> None:
         files = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
         with atomic_write(folder / PROGRESS, "w") as file:
-            json.dump(asdict(progress) | {"ranks": dist.get_world_size(), "files": files}, file, indent=1)
+            made_by = {"ranks": dist.get_world_size(), "tensor_parallel": copies()}
+            json.dump(asdict(progress) | made_by | {"files": files}, file, indent=1)
 
     def _point_to(self, folder: Path) -> None:
         with atomic_write(self.folder / LATEST, "w") as file:
@@ -202,9 +209,7 @@ def full_weights(engine: DeepSpeedEngine, frozen: dict[str, Tensor]) -> dict[str
     model = engine.module.model
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        value = frozen.get(name)
-        if value is None:
-            value = _full(parameter)
+        value = frozen.get(name, _full(parameter))  # asked for of every rank, for it may take all of them
         if is_main():
             weights[name] = value.detach().to("cpu", torch.float32, copy=True)
     persistent = model.state_dict().keys()
@@ -217,6 +222,11 @@ def full_weights(engine: DeepSpeedEngine, frozen: dict[str, Tensor]) -> dict[str
 
 
 def _full(parameter: nn.Parameter) -> Tensor:
+    return whole(parameter, _own(parameter))
+
+
+def _own(parameter: nn.Parameter) -> Tensor:
+    """In float32 if it trains; under tensor parallelism this rank's share."""
     if parameter.requires_grad and parameter.dtype != torch.float32:
         return safe_get_full_fp32_param(parameter)
     if hasattr(parameter, "ds_id"):

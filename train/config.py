@@ -312,6 +312,9 @@ class Config(Section):
         "bf16", description="numbers in matrix products; weights stay fp32, but for fp16"
     )
     zero: NonNegativeInt = Field(0, le=3, description="DeepSpeed ZeRO stage: what is split over the ranks")
+    tensor_parallel: PositiveInt = Field(
+        1, description="processes that hold one language model and its adapters together, a share of the heads each"
+    )
     deepspeed: dict[str, Any] | str = Field({}, description='more of DeepSpeed, or a JSON file; "auto" is filled in')
     attention: Literal["auto", "sdpa", "eager"] = Field(
         "auto",

@@ -23,6 +23,7 @@ from vlm.losses import infonce, siglip
 from vlm.model import VLMModel
 
 from .config import Stage
+from .ranks import data_group
 
 
 class Pairs(NamedTuple):
@@ -117,9 +118,9 @@ def compared(pairs: Pairs, part: Contrast | None = None) -> tuple[Tensor, Tensor
     with torch.autocast(pairs.images.device.type, enabled=False):
         images, texts = F.normalize(pairs.images, dim=-1), F.normalize(pairs.texts, dim=-1)
         if pairs.bias is None:
-            loss, first, mean_pairs = infonce(images, texts, pairs.scale)
+            loss, first, mean_pairs = infonce(images, texts, pairs.scale, data_group())
         else:
-            loss, first, mean_pairs = siglip(images, texts, pairs.scale, pairs.bias)
+            loss, first, mean_pairs = siglip(images, texts, pairs.scale, pairs.bias, data_group())
     return loss / max(1.0, mean_pairs), first / max(1.0, mean_pairs)
 
 

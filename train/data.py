@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from torch import distributed as dist
-
 from vlm.augmentation import Augmentation
 from vlm.errors import UsageError
 from vlm.model import VLMModel
@@ -21,6 +19,7 @@ from .batches import READERS, Batch, MicroBatches, Reader, stream
 from .config import Augment, Config, Stage
 from .deepspeed_config import micro_batch_size
 from .order import BLOCK, Order
+from .ranks import data_rank, data_ranks
 
 
 @dataclass(frozen=True)
@@ -44,20 +43,20 @@ class RunData:
         served = [(shards, source.weight) for shards, source in listed if source.serves(stage.objective)]
         sources, weights = [shards for shards, _ in served], [weight for _, weight in served]
         order = Order([len(source) for source in sources], weights, [self.config.seed, number])
-        size = micro_batch_size(stage, dist.get_world_size())
+        size = micro_batch_size(stage, data_ranks())
         made_by = _reader(model, processor, stage, _augmentation(self.config))
-        return MicroBatches(sources, order, made_by, size, dist.get_rank(), dist.get_world_size())
+        return MicroBatches(sources, order, made_by, size, data_rank(), data_ranks())
 
     def validation_batches(self, model: VLMModel, processor: VLMProcessor, number: int) -> Iterator[Batch]:
         """This rank's part of the first `validation.samples` held-out samples, in whole micro-batches, with all questions."""
         if self.val is None:
             return
         stage = self.config.stages[number].model_copy(update={"questions": None})
-        ranks = dist.get_world_size()
+        ranks = data_ranks()
         samples = min(self.config.validation.samples, len(self.val))
         size = max(1, min(micro_batch_size(stage, ranks), samples // ranks))
         order = Order([len(self.val)], [1.0], [self.config.seed, number], shuffle=False)
-        data = MicroBatches([self.val], order, _reader(model, processor, stage), size, dist.get_rank(), ranks)
+        data = MicroBatches([self.val], order, _reader(model, processor, stage), size, data_rank(), ranks)
         yield from islice(stream(data, 0, workers=0), max(1, samples // (size * ranks)))
 
     def check(self, model: VLMModel, processor: VLMProcessor) -> None:

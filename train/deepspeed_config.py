@@ -9,15 +9,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
 from vlm.errors import UsageError
 
 from .config import Config, Stage
+from .tensor_parallel import layer_specs
 
 AUTO = "auto"
 
 
-def deepspeed_config(config: Config, stage: Stage, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for `stage` on `world_size` ranks.
+def deepspeed_config(config: Config, stage: Stage, world_size: int, family: str = "") -> dict[str, Any]:
+    """DeepSpeed's JSON for `stage` on `world_size` ranks, or groups of `tensor_parallel` that hold one model together.
+
+    family: of the language model, which tensor parallelism cuts up.
 
     Optimizer and schedule are the loop's own, so there is no section for them unless the user gives one. `"auto"`
     values are filled in, or left to DeepSpeed's default where the config has nothing to say. Raises UsageError with
@@ -26,16 +31,43 @@ def deepspeed_config(config: Config, stage: Stage, world_size: int) -> dict[str,
     merged = _load(config.deepspeed)
     _fill(merged, {**_batches(stage, world_size), **_precision(config, merged), **_rest(config, stage)}, stage, "")
     _drop_auto(merged)
+    if config.tensor_parallel > 1:
+        if "partition_config" in merged["tensor_parallel"]:
+            raise UsageError(
+                f"deepspeed: tensor_parallel.partition_config is set, and tensor_parallel {config.tensor_parallel} brings its "
+                "own; remove it"
+            )
+        merged["tensor_parallel"]["partition_config"] = {"use_default_specs": False, "layer_specs": layer_specs(family)}
+        # DeepSpeed takes it for the batch of all processes, as if none of them saw the same.
+        del merged["train_batch_size"]
     offload = merged["zero_optimization"].get("offload_optimizer") or {}
     if stage.ema is not None and offload.get("device") == "nvme":
         raise UsageError(
             f"ema {stage.ema:g} averages weights in memory, and deepspeed: offload_optimizer.device is nvme; remove one"
         )
+    _check_offload(merged["zero_optimization"], config.zero)
     # The loop's optimizers are torch's own; ZeRO takes them only if it is told so.
     merged.setdefault("zero_allow_untested_optimizer", True)
     merged.setdefault("zero_force_ds_cpu_optimizer", False)
     merged.setdefault("steps_per_print", 10**9)
     return merged
+
+
+# What may lie in the memory of the host or on a disk -> the ZeRO stages that move it there.
+OFFLOAD = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
+
+
+def _check_offload(section: dict[str, Any], zero: int) -> None:
+    for name, stages in OFFLOAD.items():
+        device = (section.get(name) or {}).get("device", "none")
+        if device != "none" and zero not in stages:
+            able = " or ".join(map(str, stages))
+            raise UsageError(f"deepspeed: {name}.device is {device}, which zero {zero} does not do; use zero {able}")
+        if device == "nvme" and not AsyncIOBuilder().is_compatible(verbose=False):
+            raise UsageError(
+                f"deepspeed: {name}.device is nvme, and DeepSpeed's async_io does not build here; install libaio-dev and g++, "
+                "or offload to cpu"
+            )
 
 
 def micro_batch_size(stage: Stage, world_size: int) -> int:
@@ -101,12 +133,14 @@ def _rest(config: Config, stage: Stage) -> dict[str, Any]:
         # orthogonal one, and a limit of 1 would shrink them all by as much.
         "gradient_clipping": 0.0 if muon else stage.clip,
         "zero_optimization": {"stage": config.zero, **whole_gradients},
+        "tensor_parallel": {"autotp_size": config.tensor_parallel},
         # Filled in where the user writes a section with "auto", never added.
         "optimizer": {"params": {"lr": stage.lr, "weight_decay": stage.weight_decay}},
     }
 
 
 ONLY_IF_GIVEN = ("optimizer",)
+ALONE = {"autotp_size": 1}
 NAMES = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "micro_batch",
@@ -114,6 +148,7 @@ NAMES = {
     "gradient_clipping": "clip",
     "zero_optimization.stage": "zero",
     "zero_optimization.reduce_scatter": "optimizer muon with zero 3",
+    "tensor_parallel.autotp_size": "tensor_parallel",
     "bf16.enabled": "precision bf16",
     "fp16.enabled": "precision fp16",
     "torch_autocast.enabled": "precision bf16",
@@ -126,7 +161,7 @@ NAMES = {
 def _fill(given: dict[str, Any], ours: dict[str, Any], stage: Stage, above: str) -> None:
     for key, value in ours.items():
         name = above + key
-        if key in ONLY_IF_GIVEN and key not in given:
+        if key not in given and (key in ONLY_IF_GIVEN or value == ALONE):
             continue
         if isinstance(value, dict):
             section = given.setdefault(key, {})

@@ -27,6 +27,8 @@ from vlm.model import VLMModel
 from .batches import Batch
 from .objectives import Objective
 from .optimization import TABLES
+from .ranks import copies
+from .tensor_parallel import is_cut
 
 # Dense bf16 or fp16 of the makers' data sheets, FLOP/s, by what a device's name holds; the first match counts.
 PEAKS = {
@@ -60,7 +62,7 @@ class Cost:
 
     def add(self, parameter: nn.Parameter, share: float = 1.0) -> None:
         # Under ZeRO-3 a parameter is an empty shard that remembers its size as `ds_numel`.
-        size = share * getattr(parameter, "ds_numel", parameter.numel())
+        size = share * getattr(parameter, "ds_numel", parameter.numel()) * (copies() if is_cut(parameter) else 1)
         self.weights += size
         self.trainable += size if parameter.requires_grad else 0.0
 

@@ -19,7 +19,8 @@ from vlm.model import VLMModel
 
 from .batches import Batch, on_device
 from .objectives import Plan
-from .ranks import is_main, largest, sums
+from .ranks import data_rank, largest, sums
+from .tensor_parallel import is_counted
 
 GIB = 2**30
 # Part -> how the names of its parameters begin; "heads" are the projections into the shared space, and what else there is.
@@ -78,8 +79,10 @@ def _own_gradient(engine: DeepSpeedEngine, parameter: nn.Parameter) -> Tensor | 
     """That part of a gradient which no other rank counts; None where this rank has none."""
     if hasattr(parameter, "ds_id"):
         return safe_get_local_grad(parameter)
+    if not is_counted(parameter):
+        return None
     if not engine.zero_optimization():
-        return parameter.grad if is_main() else None
+        return parameter.grad if data_rank() == 0 else None
     linked: Any = parameter  # by ZeRO to the partition it lies in
     mapping = getattr(linked, "_hp_mapping", None)
     if mapping is None:

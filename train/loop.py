@@ -45,10 +45,11 @@ from .gauges import gradient_norms, look
 from .log import RunLog
 from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates, state_bytes
-from .ranks import is_main, join, sums
+from .ranks import data_rank, data_ranks, is_main, join, sums
 from .step import prepare
 from .stopping import StopSignal
 from .summary import training_table, training_totals
+from .tensor_parallel import check_model, check_settings, norm_over_shares
 from .validation import validate
 from .watch import Tally, Watch
 
@@ -75,12 +76,13 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     against the new one. command: what was typed, for the log; None: this process's own command. Called on every rank.
     Raises UsageError for what cannot be trained, before the first step, and RunError for a run that failed.
     """
-    join()
+    check_settings(config)
+    join(config.tensor_parallel)
     out = Path(config.out)
     checkpoints = Checkpoints(out, config.checkpoint.keep)
     data = RunData.open(config)
     for stage in config.stages:
-        micro_batch_size(stage, dist.get_world_size())
+        micro_batch_size(stage, data_ranks())
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         device = get_accelerator().device_name()
         raise UsageError(f"precision fp16 does not work on {device}; use bf16, or fp32")
@@ -92,6 +94,7 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     if progress.stage == len(config.stages):
         raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
+    check_model(model, config.tensor_parallel)
     log = RunLog(out, is_main(), append=resume, boards=config.log)
     run = Run(config, data, processor, log, checkpoints, StopSignal())
     data.check(model, processor)
@@ -135,7 +138,7 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
             tally = Tally(watch.passed_over)
             lr = rate(stage, moment(progress, stage))
             set_rates(engine.optimizer, lr)
-            torch.manual_seed(seed_of(config.seed, progress, dist.get_rank()))
+            torch.manual_seed(seed_of(config.seed, progress, data_rank()))
             step_batches = list(islice(batches, micro_steps))
             seen: dict[str, Any] = {}
             for batch, plan in zip(step_batches, prepare(engine, step_batches), strict=True):
@@ -166,7 +169,7 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
 def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngine, dict[str, Tensor]]:
     """The engine of a stage, and the weights it freezes as they were, where it holds them in fewer bits."""
     config, stage = run.config, run.config.stages[number]
-    ds_config = deepspeed_config(config, stage, dist.get_world_size())
+    ds_config = deepspeed_config(config, stage, data_ranks(), model.config.text_config.model_type)
     model.set_attn_implementation(attention_of(config, stage))
     objective = OBJECTIVES[stage.objective](model, stage)
     if stage.lora is not None:
@@ -187,6 +190,9 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
         checkpoint_activations(model)
     objective.train()
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+    if config.tensor_parallel > 1:
+        # It compares the batches of ranks that should have the same one, and fails where a batch is a dict.
+        engine.first_dataloader_check.remove()
     if config.compile:
         model.vision.compile()
         model.language_model.base_model.compile()
@@ -245,11 +251,11 @@ def take_step(engine: DeepSpeedEngine) -> float:
     if engine.zero_optimization():
         engine.step()
         return float(engine.get_global_grad_norm())
-    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+    held = [(parameter, parameter.grad) for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = norm_over_shares(held)
     if not math.isfinite(norm):
         # Zeros, not None: DeepSpeed's clipping fails where no gradient is left at all.
-        torch._foreach_zero_(gradients)
+        torch._foreach_zero_([gradient for _, gradient in held])
         set_rates(engine.optimizer, 0.0)
     engine.step()
     return norm

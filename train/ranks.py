@@ -15,13 +15,33 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import distributed as dist
 
 from vlm.errors import UsageError
 
 
-def join() -> None:
-    """Join the ranks that torchrun, deepspeed or `vlm train` started, or be the only one. Calling it again does nothing."""
+def join(tensor_parallel: int = 1) -> None:
+    """Join the ranks that torchrun, deepspeed or `vlm train` started, or be the only one. Calling it again does nothing.
+
+    tensor_parallel: so many neighbouring ranks hold one model together, and read the same batches. Raises UsageError where
+    that does not divide the processes, or is another number than these processes have begun with.
+    """
+    _meet()
+    processes, formed = dist.get_world_size(), copies()
+    if processes % tensor_parallel:
+        raise UsageError(
+            f"tensor_parallel {tensor_parallel} does not divide {processes} processes; start a multiple of {tensor_parallel}"
+        )
+    if formed not in (1, tensor_parallel):
+        raise UsageError(
+            f"these processes trained with tensor_parallel {formed} before, and cannot with {tensor_parallel}; start new ones"
+        )
+    if tensor_parallel > 1:
+        groups._init_tp_mesh_device(tensor_model_parallel_size=tensor_parallel)
+
+
+def _meet() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it misses CUDA, which a CPU has not
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer is used in forked data workers
@@ -57,6 +77,27 @@ def is_main() -> bool:
     return dist.get_rank() == 0
 
 
+def copies() -> int:
+    """How many ranks hold one model together: each of them sees the same batches, and counts them in sums over ranks."""
+    formed = groups._TENSOR_MODEL_PARALLEL_GROUP is not None
+    return groups.get_tensor_model_parallel_world_size() if formed else 1
+
+
+def data_ranks() -> int:
+    """Over how many ranks, or groups of them that hold one model together, the samples of a batch are divided."""
+    return dist.get_world_size() // copies()
+
+
+def data_rank() -> int:
+    """Which of them this is."""
+    return dist.get_rank() // copies()
+
+
+def data_group() -> dist.ProcessGroup | None:
+    """One rank of each of them, whose batches are together those of a step; None: all ranks."""
+    return groups.get_data_parallel_group() if copies() > 1 else None
+
+
 def sums(values: list[float], device: torch.device) -> list[float]:
     """Each value summed over ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -79,7 +120,7 @@ def joined(own: list[Any]) -> list[Any]:
 
 
 def merged(counts: Counter[str]) -> Counter[str]:
-    """Counts of all ranks together, under whatever names each of them met."""
-    gathered: list[Counter[str]] = [Counter()] * dist.get_world_size()
-    dist.all_gather_object(gathered, counts)
+    """Counts of batches of all ranks together, under whatever names each of them met."""
+    gathered: list[Counter[str]] = [Counter()] * data_ranks()
+    dist.all_gather_object(gathered, counts, group=data_group())
     return sum(gathered, Counter())

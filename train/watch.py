@@ -20,7 +20,7 @@ from vlm.errors import RunError
 from .batches import Batch
 from .checkpoint import Progress
 from .log import RunLog
-from .ranks import is_main, joined, sums
+from .ranks import copies, is_main, joined, sums
 
 # Loss scaling of fp16 finds its scale by overflowing first, some steps in a row.
 MOST_SKIPPED = 25
@@ -69,6 +69,7 @@ class Tally:
         seconds = time.perf_counter() - self.started if is_main() else 0.0
         own = [*added.values(), *self.counts.values(), len(self.skipped), seconds]
         *values, samples, tokens, flops, anything_skipped, seconds = sums(own, device)
+        samples, tokens, flops = (counted / copies() for counted in (samples, tokens, flops))
         parts = len(self.losses) * dist.get_world_size()
         means = {name: value / parts for name, value in zip(added, values, strict=True)}
         skipped = joined(sorted(self.skipped)) if anything_skipped else []

@@ -29,6 +29,7 @@ class CrossAttention(nn.Module):
     Keys and values are made apart from the queries, so that they can be made once for many queries.
     fused: PyTorch's fused kernel; without it, two plain matrix products. Measured with bf16 on CPUs, forward and backward of
     short sequences, the plain products take a third to a fifth of the fused kernel's time.
+    Under tensor parallelism the projections make a share of the heads, with as many queries to a key as all of them have.
     """
 
     def __init__(
@@ -46,13 +47,13 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, source: Tensor) -> Tensor:
         """(B, S, source width) -> (B, 2, K, S, d): keys, then values."""
-        keys = self.k_norm(self.k_proj(source).unflatten(-1, (self.kv_heads, self.head_dim)))
-        values = self.v_proj(source).unflatten(-1, (self.kv_heads, self.head_dim))
+        keys = self.k_norm(self.k_proj(source).unflatten(-1, (-1, self.head_dim)))
+        values = self.v_proj(source).unflatten(-1, (-1, self.head_dim))
         return torch.stack([keys, values], dim=1).transpose(2, 3)
 
     def forward(self, hidden: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, C) and (B, 2, K, S, d) -> (B, L, C). mask (B, 1, L, S): True where a query may look; no row all False."""
-        queries = self.q_norm(self.q_proj(hidden).unflatten(-1, (self.heads, self.head_dim))).transpose(1, 2)
+        queries = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         keys, values = keys_values.unbind(1)
         if self.fused:
             mixed = F.scaled_dot_product_attention(

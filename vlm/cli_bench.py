@@ -72,7 +72,7 @@ def bench_decode_command(
 @bench.command("train")
 def bench_train_command(
     against: Annotated[
-        str | None, typer.Option(help="open_clip, idefics, padded (default: these); gradcache or long: memory")
+        str | None, typer.Option(help="open_clip, idefics, padded (default: these); gradcache, long or zero: memory")
     ] = None,
     rounds: Rounds = 3,
     out: Out = None,

@@ -75,70 +75,75 @@ class _AllGather(torch.autograd.Function):
     """(rows, E) of each rank, equally many -> (ranks · rows, E). Every rank's loss reaches back into every rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        ctx.rows = len(own)
-        everything = own.new_empty(dist.get_world_size() * len(own), *own.shape[1:])
-        dist.all_gather_into_tensor(everything, own.contiguous())
+    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.rows, ctx.group = len(own), group
+        everything = own.new_empty(ranks(group) * len(own), *own.shape[1:])
+        dist.all_gather_into_tensor(everything, own.contiguous(), group=group)
         return everything
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        return grad[dist.get_rank() * ctx.rows :][: ctx.rows]
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[dist.get_rank(ctx.group) * ctx.rows :][: ctx.rows], None
 
 
-def ranks() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def ranks(group: dist.ProcessGroup | None = None) -> int:
+    """How many processes train together; of a group, where one is given."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def gather_rows(own: Tensor) -> tuple[Tensor, int]:
+def gather_rows(own: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
     """Rows (n, E) of this rank -> the rows of all ranks (N, E), in rank order, and the number of the first own row.
 
     Ranks may hold different numbers of rows. The gradient is exact: the sum over ranks of what each loss asks for.
+    group: the ranks that hold rows of their own; None: all.
     """
-    if ranks() == 1:
+    if ranks(group) == 1:
         return own, 0
-    counts = torch.zeros(ranks(), dtype=torch.long, device=own.device)
-    counts[dist.get_rank()] = len(own)
-    dist.all_reduce(counts)
+    counts = torch.zeros(ranks(group), dtype=torch.long, device=own.device)
+    counts[dist.get_rank(group)] = len(own)
+    dist.all_reduce(counts, group=group)
     sizes = counts.tolist()
     longest = max(sizes)
     if longest == 0:
         return own, 0
     padded = F.pad(own, (0, 0, 0, longest - len(own)))
-    everything = _AllGather.apply(padded)
+    everything = _AllGather.apply(padded, group)
     rows = torch.cat([everything[rank * longest :][:size] for rank, size in enumerate(sizes)])
-    return rows, sum(sizes[: dist.get_rank()])
+    return rows, sum(sizes[: dist.get_rank(group)])
 
 
-def infonce(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
+def infonce(
+    images: Tensor, texts: Tensor, scale: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, float]:
     """Symmetric InfoNCE (CLIP, Radford et al. 2021, figure 3): each picture finds its text among all, and the reverse.
 
-    images, texts: (n, E), unit length, row by row a pair; scale: the inverse temperature.
+    images, texts: (n, E), unit length, row by row a pair; scale: the inverse temperature; group: the ranks, None for all.
     Returns the loss summed over own pairs, how many own pictures rank their own text first, and the mean number
     of pairs on a rank: the mean over ranks of loss / that number is the mean over the N pairs.
     """
-    all_images, first = gather_rows(images)
-    all_texts, _ = gather_rows(texts)
+    all_images, first = gather_rows(images, group)
+    all_texts, _ = gather_rows(texts, group)
     own = torch.arange(first, first + len(images), device=images.device)
     by_image = scale * images @ all_texts.T  # (n, N)
     by_text = scale * texts @ all_images.T
     loss = F.cross_entropy(by_image, own, reduction="sum") + F.cross_entropy(by_text, own, reduction="sum")
-    return loss / 2, _own_first(by_image, own), len(all_texts) / ranks()
+    return loss / 2, _own_first(by_image, own), len(all_texts) / ranks(group)
 
 
-def siglip(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, float]:
+def siglip(
+    images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor, float]:
     """Pairwise sigmoid loss (SigLIP, Zhai et al. 2023, equation 1): every picture with every text is a yes or a no.
 
     Arguments and results as in `infonce`; the pairs of an own picture with all texts are summed.
     """
-    all_texts, first = gather_rows(texts)
+    all_texts, first = gather_rows(texts, group)
     own = torch.arange(first, first + len(images), device=images.device)
     logits = scale * images @ all_texts.T + bias  # (n, N)
     signs = torch.full_like(logits, -1.0).scatter_(1, own[:, None], 1.0)
-    return -F.logsigmoid(signs * logits).sum(), _own_first(logits, own), len(all_texts) / ranks()
+    return -F.logsigmoid(signs * logits).sum(), _own_first(logits, own), len(all_texts) / ranks(group)
 
 
 def _own_first(logits: Tensor, own: Tensor) -> Tensor:
