@@ -136,7 +136,7 @@ def test_what_is_refused_here_and_what_there_has_one_form(started):
 def test_a_hang_up_reaches_the_replica(started):
     before = sum(started.metric('vlm_tokens_total{kind="new"').values())
     answered = sum(started.metric(CHATS).values())
-    stream = started.ask("Hi", stream=True, max_tokens=200)
+    stream = started.ask("Hi", stream=True, max_tokens=200, n=8)
     next(iter(stream))
     # They stand still until the front has seen it, and can not have come to the end by themselves.
     for replica in started.replicas():
@@ -146,7 +146,7 @@ def test_a_hang_up_reaches_the_replica(started):
     for replica in started.replicas():
         replica.resume()
     eventually(lambda: len(running := started.metric("vlm_replies_running")) == 2 and not any(running.values()))
-    assert 0 < sum(started.metric('vlm_tokens_total{kind="new"').values()) - before < 200
+    assert 0 < sum(started.metric('vlm_tokens_total{kind="new"').values()) - before < 8 * 200
 
 
 def test_one_that_is_killed_is_not_missed_and_comes_back(started):
@@ -164,7 +164,7 @@ def test_one_that_is_killed_is_not_missed_and_comes_back(started):
 def test_sigterm_answers_what_was_asked_and_leaves_no_process(started):
     """The last one of this server."""
     replicas = started.replicas()
-    stream = started.ask("Hi", stream=True, max_tokens=200)
+    stream = started.ask("Hi", stream=True, max_tokens=200, n=8)
     next(iter(stream))
     started.process.send_signal(signal.SIGTERM)
     *_, last = stream
