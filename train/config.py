@@ -231,6 +231,11 @@ class Stage(Section):
     )
     train: list[str] = Field(["*"], description="patterns of the parameter names that train")
     freeze: list[str] = Field([], description="patterns of those that do not, whatever train says")
+    rates: dict[str, PositiveFloat] = Field(
+        {},
+        description="patterns of parameter names, each with what it multiplies lr by, e.g. {vision: 0.1}; of several that "
+        "match a parameter the first counts",
+    )
     lora: Lora | None = Field(None, description="low-rank updates of frozen linear layers, e.g. {r: 8}")
     loss: Literal["infonce", "siglip"] = Field("infonce", description="contrastive loss")
     questions: PositiveInt | None = Field(

@@ -44,6 +44,7 @@ RUNS = {
     **{f"ema {zero}": ([JOINT | {"ema": 0.6}], {"zero": zero}) for zero in (0, 2, 3)},
     "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
     **{f"muon {zero}": ([JOINT | {"optimizer": "muon"}], {"zero": zero}) for zero in (0, 2, 3)},
+    **{f"rates {zero}": ([JOINT | {"rates": {"vision": 0.1, "*.mlp.*": 3.0}}], {"zero": zero}) for zero in (0, 3)},
 }
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LIMIT = 600  # seconds until a rank that waits for another is a failure
@@ -184,6 +185,12 @@ def test_muon_on_two_ranks(one, two, zero):
     """Gradients are clipped in no stage, or ZeRO would clip updates where one process clips gradients."""
     assert difference(two[f"muon {zero}"], one("muon 0")) < 1e-3
     assert one("muon 0").losses[-1] < one("muon 0").losses[0]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_rates_by_pattern_on_two_ranks(one, two, zero):
+    assert difference(two[f"rates {zero}"], one("rates 0")) < 1e-4
+    assert difference(one("rates 0"), one("plain")) > 1e-3
 
 
 def test_activations_are_computed_anew_under_zero_3(one, two):
