@@ -198,6 +198,7 @@ class Lora(Section):
 
 OBJECTIVE_ONLY = {
     "contrastive_weight": ("joint",),
+    "matching_weight": ("joint",),
     "questions": ("joint",),
     "mask_share": ("mlm",),
     "pack": ("joint", "clm", "mlm"),
@@ -250,6 +251,11 @@ class Stage(Section):
     contrastive_weight: NonNegativeFloat = Field(
         0.0, description="joint: weight of an added contrastive term over all pairs of the batch"
     )
+    matching_weight: NonNegativeFloat = Field(
+        0.0,
+        description="joint: weight of an added term that tells true pairs from wrong ones; the likest of the micro-batch are "
+        "confused most, by the contrastive term's measure",
+    )
     mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")
 
     @model_validator(mode="after")
@@ -260,6 +266,11 @@ class Stage(Section):
             raise ValueError(f"steps {self.steps} and minutes {self.minutes:g} are both set; remove one")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change one")
+        if self.matching_weight and self.objective == "joint" and not self.contrastive_weight:
+            raise ValueError(
+                f"matching_weight is {self.matching_weight:g} and contrastive_weight is 0, which learns what is alike; set "
+                "it too"
+            )
         if self.optimizer == "muon" and self.clip not in (0.0, type(self).model_fields["clip"].default):
             raise ValueError(f"clip is {self.clip:g}, and optimizer muon has no limit; remove clip")
         for name, objectives in OBJECTIVE_ONLY.items():

@@ -123,7 +123,11 @@ class ModelFlops:
             flops += pictures * self._picture() + self._looks(int((batch["token_image"] >= 0).sum()), pictures)
             if "pair_images" in batch:
                 pairs = len(batch["pair_images"])
-                flops += pairs * self._pooled() + self._text(_lengths(batch["pair_attention_mask"][:pairs]))
+                lengths = _lengths(batch["pair_attention_mask"][:pairs])
+                flops += pairs * self._pooled() + self._text(lengths)
+                # Three readings of each: a wrong text counts as if it were as long as the one whose place it takes.
+                readings = 3 if self.objective.stage.matching_weight else 0
+                flops += readings * (self._text(lengths) + self._looks(int(lengths.sum()), pictures=0))
         return flops
 
     def _text(self, lengths: Tensor) -> float:

@@ -108,6 +108,7 @@ class VLMConfig(PreTrainedConfig):
     vision: fields of `VisionConfig`. text_config: any Hugging Face language model's configuration.
     adapter: fields of `AdapterConfig`. embedding_dim: size of the shared contrastive space.
     image_token_id: the token that stands for a picture in the text. mask_token_id: the token that MLM fills in.
+    matching: whether there is a head that judges if a text goes with a picture; training with `matching_weight` puts it in.
     quantization: what `vlm.quantization.quantize` did, {"scheme": "int8" | "int4", "vision": bool}; None for nothing.
     """
 
@@ -120,6 +121,7 @@ class VLMConfig(PreTrainedConfig):
     embedding_dim: int = 256
     image_token_id: int | None = None
     mask_token_id: int | None = None
+    matching: bool = False
     quantization: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -82,6 +82,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         self.text_projection = nn.Linear(text.hidden_size, config.embedding_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.full((1,), 1 / 0.07).log())
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+        self.matching_head = nn.Linear(text.hidden_size, 2) if config.matching else None
         attach(layers, tuple(int(key) for key in self.adapters), self._fuse)
         self._set_fused_attention(config._attn_implementation != "eager")
         if config.image_token_id is not None and self.can_generate():
@@ -125,10 +126,12 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         image_states (n, S, D); image_slots (B, M), the flat index of each row's pictures, -1 for an empty slot.
         Returns (B, A, 2, K, M·S, d). An empty slot holds some other picture's values, and no token looks at it.
         """
+        return in_slots(self.picture_keys_values(image_states), image_slots)
+
+    def picture_keys_values(self, image_states: Tensor) -> Tensor:
+        """Keys and values of every adapter, picture by picture: (n, S, D) -> (n, A, 2, K, S, d)."""
         adapters: Iterable[Any] = self.adapters.values()
-        flat = torch.stack([adapter.attention.keys_values(image_states) for adapter in adapters], dim=1)
-        rows = flat[image_slots.clamp(min=0)]  # (B, M, A, 2, K, S, d)
-        return rows.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
+        return torch.stack([adapter.attention.keys_values(image_states) for adapter in adapters], dim=1)
 
     def token_image(self, input_ids: Tensor) -> Tensor:
         """(B, L) -> (B, L): the slot of the picture that a token sees, the last one placed up to it; -1 where there is none."""
@@ -308,10 +311,34 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, normalize: bool = True) -> Tensor:
         """Tokens (n, L) -> embeddings (n, E): the mean of the last hidden states over real tokens, projected."""
         output = self.language_model.base_model(input_ids=input_ids, attention_mask=attention_mask)
-        weights = attention_mask[..., None].to(output.last_hidden_state.dtype)
-        mean = (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        embedding = self.text_projection(mean)
+        embedding = self.text_projection(_mean(output.last_hidden_state, attention_mask))
         return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def match(
+        self, input_ids: Tensor, attention_mask: Tensor, picture_keys_values: Tensor, image_slots: Tensor
+    ) -> Tensor:
+        """Whether each text goes with its picture: logits (n, 2), of no and yes (ALBEF, Li et al. 2021, equation 3).
+
+        input_ids, attention_mask (n, L); picture_keys_values: of all pictures; image_slots (n, 1): which is each text's.
+        Every token sees the picture; the mean of the last hidden states over real tokens is judged. Raises UsageError for a
+        model without the head.
+        """
+        if self.matching_head is None:
+            raise UsageError("the model has no matching head; train it with matching_weight in a joint stage")
+        output = self.states(
+            input_ids,
+            attention_mask=attention_mask,
+            token_image=torch.zeros_like(input_ids),
+            image_keys_values=in_slots(picture_keys_values, image_slots),
+        )
+        return self.matching_head(_mean(output.last_hidden_state, attention_mask))
+
+    def add_matching_head(self) -> None:
+        """Put in a head for `match`, with random weights, where there is none."""
+        if self.matching_head is None:
+            width = self.language_model.config.get_text_config().hidden_size
+            self.matching_head = nn.Linear(width, 2, device=self.device, dtype=self.dtype)
+            self.config.matching = True
 
     # Generation, by Hugging Face's `generate`; pictures are encoded once
 
@@ -385,6 +412,18 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             )
             for key, adapter in adapters
         }
+
+
+def in_slots(picture_keys_values: Tensor, image_slots: Tensor) -> Tensor:
+    """Each row's pictures side by side: (n, A, 2, K, S, d), by slots (B, M), -> (B, A, 2, K, M·S, d)."""
+    rows = picture_keys_values[image_slots.clamp(min=0)]  # (B, M, A, 2, K, S, d)
+    return rows.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
+
+
+def _mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Over real tokens: (n, L, C) and (n, L) -> (n, C)."""
+    weights = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, image_width: int) -> GatedCrossAttention:

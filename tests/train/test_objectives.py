@@ -33,6 +33,8 @@ def objective_of(make_model, make_processor):
     def make(name: str, family: str = "qwen3", **stage):
         settings = Stage.model_validate({"objective": name, "steps": 1, **stage})
         objective = OBJECTIVES[name](make_model(family, gate_init=0.5), settings)
+        if settings.matching_weight:
+            objective.model.add_matching_head()
         return objective, READERS[name](make_processor(), settings, 256, objective.model.config.reading == "causal")
 
     return make
@@ -347,6 +349,7 @@ def test_logits_of_all_tokens_never_exist(objective_of, samples, monkeypatch, na
         ("joint", "qwen2", {}),
         ("joint", "opt", {"contrastive_weight": 1.0}),
         ("joint", "qwen3", {"contrastive_weight": 1.0, "loss": "siglip"}),
+        ("joint", "gpt2", {"contrastive_weight": 1.0, "matching_weight": 1.0}),
         ("clm", "qwen3", {}),
         ("mlm", "gpt2", {}),
         ("mlm", "bert", {}),
