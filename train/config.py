@@ -72,6 +72,11 @@ class Adapter(Section):
     kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: as many as heads")
     head_dim: PositiveInt | None = Field(None, description="size of a head; null: hidden size / heads")
     feed_forward: NonNegativeFloat = Field(4.0, description="width of its feed-forward / hidden size; 0: none")
+    experts: NonNegativeInt = Field(
+        0, description="feed-forwards beside each other, of which each token passes a few; 0: one for all"
+    )
+    experts_per_token: PositiveInt = Field(2, description="how many of them a token passes")
+    balance: NonNegativeFloat = Field(0.01, description="weight of the loss that keeps the experts evenly used")
     gate_init: float = Field(0.0, description="gates at birth; 0 keeps a pretrained language model as it is")
     qk_norm: bool = Field(False, description="normalise queries and keys per head; steadier from scratch")
     positions: Literal["sincos", "learned"] = Field("sincos", description="positions of the image tokens")

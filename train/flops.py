@@ -96,7 +96,8 @@ class ModelFlops:
         sees = bool(self.vision.carries) or learned or _trains(resampler)
         self.resampler = _split(model.resampler, sees)
         self.pool = _split(model.image_pool, sees or _trains(model.image_pool.parameters()))
-        self.adapters = _split(model.adapters, 1.0)
+        adapter = model.config.adapter_config
+        self.adapters = _split(model.adapters, 1.0, adapter.experts_per_token / max(1, adapter.experts))
         attentions = [part for part in model.adapters.modules() if isinstance(part, CrossAttention)]
         self.adapter_width = sum(part.heads * part.head_dim for part in attentions)
         self.body, self.head = _language_model(model, self._through(sees))
@@ -172,8 +173,8 @@ def _language_model(model: VLMModel, through: float) -> tuple[Cost, Cost]:
     return body, head
 
 
-def _split(module: nn.Module | None, carries: float) -> tuple[Cost, Cost]:
-    """What each query costs, and what each token costs that is looked at."""
+def _split(module: nn.Module | None, carries: float, share: float = 1.0) -> tuple[Cost, Cost]:
+    """What each query costs, and what each token costs that is looked at. share: of the queries, what an expert is given."""
     queries, sources = Cost(carries), Cost(carries)
     if module is not None:
         looked_at = {
@@ -182,8 +183,8 @@ def _split(module: nn.Module | None, carries: float) -> tuple[Cost, Cost]:
             if isinstance(part, CrossAttention)
             for parameter in (*part.k_proj.parameters(), *part.v_proj.parameters())
         }
-        for _, parameter in _matrices(module):
-            (sources if id(parameter) in looked_at else queries).add(parameter)
+        for name, parameter in _matrices(module):
+            (sources if id(parameter) in looked_at else queries).add(parameter, share if ".experts." in name else 1.0)
     return queries, sources
 
 

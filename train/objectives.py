@@ -197,15 +197,23 @@ def _predict(
 ) -> tuple[Tensor, Tensor, Logs]:
     """The loss of the labelled tokens, which of them (T,) are predicted right, and numbers to log.
 
-    A mixture of experts adds its router loss, as it is: a mean over this batch's tokens.
+    A mixture of experts adds its router loss, as it is: a mean over this batch's tokens; in adapters, over those that see.
     """
     text = model.config.text_config
-    output = model.states(**inputs, output_router_logits=True if balances(text) else None)
+    adapters = model.config.adapter_config
+    routed: list[Tensor] = []
+    inputs = inputs | {"output_router_logits": True if balances(text) else None, "adapter_router_logits": routed}
+    output = model.states(**inputs)
     hidden, wanted = labelled(output.last_hidden_state, labels, shift)
     total, right = linear_cross_entropy(model.language_model, hidden, wanted)
     loss, logs = total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
     if balances(text) and output.router_logits:
-        balance, busiest = router_loss(text, output.router_logits, inputs["document_ids"] > 0)
+        balance, busiest = router_loss(text.num_experts_per_tok, output.router_logits, inputs["document_ids"] > 0)
         logs |= {"token_loss": loss.detach(), "router_loss": balance.detach(), "router_busiest": busiest}
         loss = loss + text.router_aux_loss_coef * balance
+    if routed:
+        balance, busiest = router_loss(adapters.experts_per_token, routed, inputs["token_image"] >= 0)
+        logs = {"token_loss": total.detach() / mean_targets} | logs
+        logs |= {"adapter_router_loss": balance.detach(), "adapter_router_busiest": busiest}
+        loss = loss + adapters.balance * balance
     return loss, right, logs

@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationMixin, PreTrainedModel
 
-from vlm.adapters import AttentionPool, CrossAttention, FeedForward, GatedCrossAttention, PerceiverResampler
+from vlm.adapters import (
+    AttentionPool,
+    CrossAttention,
+    FeedForward,
+    GatedCrossAttention,
+    PerceiverResampler,
+    SparseFeedForward,
+)
 from vlm.configuration import AdapterConfig, VLMConfig
 from vlm.documents import document_mask, document_positions, one_document_each
 from vlm.errors import UsageError
@@ -151,7 +158,12 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
     def _fuse(self, key: str, hidden: Tensor, visual: Visual) -> Tensor:
         order = list(self.adapters).index(key)
-        return self.adapters[key](hidden, visual.keys_values[:, order].to(hidden.dtype), visual.sees, visual.mask)
+        keys_values = visual.keys_values[:, order].to(hidden.dtype)
+        looked, router_logits = self.adapters[key](hidden, keys_values, visual.sees, visual.mask)
+        # Here, outside what activation checkpointing runs a second time.
+        if visual.router_logits is not None and router_logits is not None:
+            visual.router_logits.append(router_logits)
+        return looked
 
     # Text
 
@@ -206,6 +218,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         """What `forward` does without the head: the base model's output, with last_hidden_state (B, L, C).
 
         inputs: those of `forward`. output_router_logits: also router_logits, (B·L, experts) of each layer with experts.
+        adapter_router_logits, one of `inputs`: a list to which each adapter with experts adds its own, (B·L, experts).
         """
         told = {} if output_router_logits is None else {"output_router_logits": output_router_logits}
         return self.language_model.base_model(**self._inputs(input_ids, **inputs), **told)
@@ -221,6 +234,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         image_keys_values: Tensor | None = None,
         document_ids: Tensor | None = None,
         bidirectional: bool = False,
+        adapter_router_logits: list[Tensor] | None = None,
     ) -> dict[str, Any]:
         """The language model's keywords for the arguments of `forward`."""
         inputs: dict[str, Any] = {"input_ids": input_ids}
@@ -232,7 +246,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         if image_keys_values is not None:
             if token_image is None:
                 token_image = self.token_image(input_ids)
-            inputs["visual"] = self._visual(image_keys_values, token_image)
+            inputs["visual"] = self._visual(image_keys_values, token_image, adapter_router_logits)
         if document_ids is not None or bidirectional:
             if document_ids is None:
                 document_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -242,15 +256,15 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             inputs["position_ids"] = position_ids + self._first_position
         return inputs | {"attention_mask": mask}
 
-    def _visual(self, image_keys_values: Tensor, token_image: Tensor) -> Visual:
+    def _visual(self, image_keys_values: Tensor, token_image: Tensor, router_logits: list[Tensor] | None) -> Visual:
         sees = token_image >= 0
         tokens = image_keys_values.shape[-2]
         if tokens == self.tokens_per_picture:
-            return Visual(image_keys_values, sees, mask=None)
+            return Visual(image_keys_values, sees, None, router_logits)
         slot_of_key = torch.arange(tokens, device=token_image.device) // self.tokens_per_picture
         # A token without a picture may look anywhere, and what it finds is thrown away: softmax over nothing is NaN.
         mask = (token_image[:, :, None] == slot_of_key) | ~sees[:, :, None]
-        return Visual(image_keys_values, sees, mask[:, None])
+        return Visual(image_keys_values, sees, mask[:, None], router_logits)
 
     @property
     def max_tokens(self) -> int | None:
@@ -435,7 +449,9 @@ def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, imag
         raise UsageError(f"adapter.heads {heads} is no multiple of adapter.kv_heads {kv_heads}; choose a divisor")
     attention = CrossAttention(hidden_size, image_width, heads, kv_heads, head_dim, config.qk_norm)
     inner = int(config.feed_forward * hidden_size)
-    feed_forward = FeedForward(hidden_size, inner) if inner else None
+    feed_forward: FeedForward | SparseFeedForward | None = FeedForward(hidden_size, inner) if inner else None
+    if config.experts:
+        feed_forward = SparseFeedForward(hidden_size, inner, config.experts, config.experts_per_token)
     return GatedCrossAttention(hidden_size, attention, feed_forward, config.gate_init)
 
 

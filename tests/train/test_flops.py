@@ -51,6 +51,7 @@ def pairs() -> dict:
         ("gemma3_text", "joint", {}, {}),
         ("phi3", "joint", {}, {}),
         ("qwen3", "joint", {"latents": 4}, {}),
+        ("qwen3", "joint", {"experts": 4, "experts_per_token": 2}, {}),
         ("qwen3", "joint", {"every": 2, "kv_heads": 2}, {"train": ["adapters"]}),
         ("qwen3", "joint", {}, {"freeze": ["vision"], "contrastive_weight": 0.5}),
         ("qwen3", "joint", {}, {"contrastive_weight": 0.5, "matching_weight": 0.5}),
