@@ -62,6 +62,10 @@ def build(config: Config) -> tuple[VLMModel, VLMProcessor]:
             torch.manual_seed(config.seed)
             model, processor = _from_parts(config)
     _check_objectives(config, model)
+    if any(stage.matching_weight for stage in config.stages):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model.add_matching_head()
     return model, processor
 
 

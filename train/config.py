@@ -72,6 +72,11 @@ class Adapter(Section):
     kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: as many as heads")
     head_dim: PositiveInt | None = Field(None, description="size of a head; null: hidden size / heads")
     feed_forward: NonNegativeFloat = Field(4.0, description="width of its feed-forward / hidden size; 0: none")
+    experts: NonNegativeInt = Field(
+        0, description="feed-forwards beside each other, of which each token passes a few; 0: one for all"
+    )
+    experts_per_token: PositiveInt = Field(2, description="how many of them a token passes")
+    balance: NonNegativeFloat = Field(0.01, description="weight of the loss that keeps the experts evenly used")
     gate_init: float = Field(0.0, description="gates at birth; 0 keeps a pretrained language model as it is")
     qk_norm: bool = Field(False, description="normalise queries and keys per head; steadier from scratch")
     positions: Literal["sincos", "learned"] = Field("sincos", description="positions of the image tokens")
@@ -198,6 +203,7 @@ class Lora(Section):
 
 OBJECTIVE_ONLY = {
     "contrastive_weight": ("joint",),
+    "matching_weight": ("joint",),
     "questions": ("joint",),
     "mask_share": ("mlm",),
     "pack": ("joint", "clm", "mlm"),
@@ -231,6 +237,11 @@ class Stage(Section):
     )
     train: list[str] = Field(["*"], description="patterns of the parameter names that train")
     freeze: list[str] = Field([], description="patterns of those that do not, whatever train says")
+    rates: dict[str, PositiveFloat] = Field(
+        {},
+        description="patterns of parameter names, each with what it multiplies lr by, e.g. {vision: 0.1}; of several that "
+        "match a parameter the first counts",
+    )
     lora: Lora | None = Field(None, description="low-rank updates of frozen linear layers, e.g. {r: 8}")
     loss: Literal["infonce", "siglip"] = Field("infonce", description="contrastive loss")
     questions: PositiveInt | None = Field(
@@ -245,6 +256,11 @@ class Stage(Section):
     contrastive_weight: NonNegativeFloat = Field(
         0.0, description="joint: weight of an added contrastive term over all pairs of the batch"
     )
+    matching_weight: NonNegativeFloat = Field(
+        0.0,
+        description="joint: weight of an added term that tells true pairs from wrong ones; the likest of the micro-batch are "
+        "confused most, by the contrastive term's measure",
+    )
     mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")
 
     @model_validator(mode="after")
@@ -255,6 +271,11 @@ class Stage(Section):
             raise ValueError(f"steps {self.steps} and minutes {self.minutes:g} are both set; remove one")
         if self.micro_batch is not None and self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change one")
+        if self.matching_weight and self.objective == "joint" and not self.contrastive_weight:
+            raise ValueError(
+                f"matching_weight is {self.matching_weight:g} and contrastive_weight is 0, which learns what is alike; set "
+                "it too"
+            )
         if self.optimizer == "muon" and self.clip not in (0.0, type(self).model_fields["clip"].default):
             raise ValueError(f"clip is {self.clip:g}, and optimizer muon has no limit; remove clip")
         for name, objectives in OBJECTIVE_ONLY.items():

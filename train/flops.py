@@ -98,7 +98,8 @@ class ModelFlops:
         sees = bool(self.vision.carries) or learned or _trains(resampler)
         self.resampler = _split(model.resampler, sees)
         self.pool = _split(model.image_pool, sees or _trains(model.image_pool.parameters()))
-        self.adapters = _split(model.adapters, 1.0)
+        adapter = model.config.adapter_config
+        self.adapters = _split(model.adapters, 1.0, adapter.experts_per_token / max(1, adapter.experts))
         attentions = [part for part in model.adapters.modules() if isinstance(part, CrossAttention)]
         self.adapter_width = sum(part.heads * part.head_dim for part in attentions)
         self.body, self.head = _language_model(model, self._through(sees))
@@ -125,7 +126,11 @@ class ModelFlops:
             flops += pictures * self._picture() + self._looks(int((batch["token_image"] >= 0).sum()), pictures)
             if "pair_images" in batch:
                 pairs = len(batch["pair_images"])
-                flops += pairs * self._pooled() + self._text(_lengths(batch["pair_attention_mask"][:pairs]))
+                lengths = _lengths(batch["pair_attention_mask"][:pairs])
+                flops += pairs * self._pooled() + self._text(lengths)
+                # Three readings of each: a wrong text counts as if it were as long as the one whose place it takes.
+                readings = 3 if self.objective.stage.matching_weight else 0
+                flops += readings * (self._text(lengths) + self._looks(int(lengths.sum()), pictures=0))
         return flops
 
     def _text(self, lengths: Tensor) -> float:
@@ -170,8 +175,8 @@ def _language_model(model: VLMModel, through: float) -> tuple[Cost, Cost]:
     return body, head
 
 
-def _split(module: nn.Module | None, carries: float) -> tuple[Cost, Cost]:
-    """What each query costs, and what each token costs that is looked at."""
+def _split(module: nn.Module | None, carries: float, share: float = 1.0) -> tuple[Cost, Cost]:
+    """What each query costs, and what each token costs that is looked at. share: of the queries, what an expert is given."""
     queries, sources = Cost(carries), Cost(carries)
     if module is not None:
         looked_at = {
@@ -180,8 +185,8 @@ def _split(module: nn.Module | None, carries: float) -> tuple[Cost, Cost]:
             if isinstance(part, CrossAttention)
             for parameter in (*part.k_proj.parameters(), *part.v_proj.parameters())
         }
-        for _, parameter in _matrices(module):
-            (sources if id(parameter) in looked_at else queries).add(parameter)
+        for name, parameter in _matrices(module):
+            (sources if id(parameter) in looked_at else queries).add(parameter, share if ".experts." in name else 1.0)
     return queries, sources
 
 

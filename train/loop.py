@@ -126,7 +126,10 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
     engine, frozen = start_engine(run, model, progress.stage)
     average = Average(engine, stage.ema) if stage.ema is not None else None
     if folder is not None and progress.step:
+        scales = [group["scale"] for group in engine.optimizer.param_groups]
         run.checkpoints.load_state(engine, average, folder)
+        for group, scale in zip(engine.optimizer.param_groups, scales, strict=True):
+            group["scale"] = scale  # like lr, what the config says now and not what it said then
     micro_steps = engine.gradient_accumulation_steps()
     data = run.data.micro_batches(model, run.processor, progress.stage)
     held_out = list(run.data.validation_batches(model, run.processor, progress.stage))

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from vlm.linear_cross_entropy import linear_cross_entropy
 from vlm.losses import count_targets, documents_right, labelled
-from vlm.model import VLMModel
+from vlm.model import VLMModel, in_slots
 from vlm.routing import balances, router_loss
 
 from .config import Stage
 from .contrast import Contrast, Pairs, compared, pairs_of, replayed
+from .matching import draw, matched, pairs_with_negatives
 
 Batch = dict[str, Any]
 Logs = dict[str, Tensor]
@@ -30,11 +31,12 @@ class Plan(NamedTuple):
     """What a micro-batch knows of its step; `step.prepare` makes it.
 
     mean_targets: targets, mean over micro-batches and ranks. contrast: its part in a comparison with other micro-batches;
-    None where there are no others.
+    None where there are no others. mean_matches: pairs that have a negative to be told from, mean likewise.
     """
 
     mean_targets: float
     contrast: Contrast | None = None
+    mean_matches: float = 1.0
 
 
 class Objective(nn.Module, ABC):
@@ -52,6 +54,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def targets(self, batch: Batch) -> int:
         """How many things this batch asks to be predicted."""
+
+    def matches(self, batch: Batch) -> int:
+        """How many pairs of this batch are to be told from negatives."""
+        return 0
 
     @property
     def compares(self) -> bool:
@@ -95,14 +101,19 @@ class Contrastive(Objective):
 
 
 class Joint(Objective):
-    """Captions and answers, token by token, through the adapters; optionally a contrastive term on the same pictures."""
+    """Captions and answers, token by token, through the adapters; optionally, on the same pictures, a contrastive term and with
+    it one that tells true pairs from wrong ones."""
 
     def reads(self) -> tuple[str, ...]:
         shared = _shared_space(self.model, self.stage) if self.stage.contrastive_weight else ()
-        return *_sight(), "adapters.", "language_model.", *shared
+        head = ("matching_head.",) if self.stage.matching_weight else ()
+        return *_sight(), "adapters.", "language_model.", *shared, *head
 
     def targets(self, batch: Batch) -> int:
         return count_targets(batch["labels"], shift=True)
+
+    def matches(self, batch: Batch) -> int:
+        return pairs_with_negatives(batch) if self.stage.matching_weight else 0
 
     @property
     def compares(self) -> bool:
@@ -113,7 +124,8 @@ class Joint(Objective):
             states = self.model.image_states(batch["pixel_values"])
             pairs = self._pairs(states, batch) if self.compares else None
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "document_ids", "token_image")}
-        inputs["image_keys_values"] = self.model.image_keys_values(states, batch["image_slots"])
+        keys_values = self.model.picture_keys_values(states)
+        inputs["image_keys_values"] = in_slots(keys_values, batch["image_slots"])
         loss, right, logs = _predict(self.model, inputs, batch["labels"], True, plan.mean_targets)
         if not self.training:
             documents = int(batch["document_ids"].max())
@@ -122,6 +134,11 @@ class Joint(Objective):
             contrastive, _ = compared(pairs, plan.contrast)
             logs = {"token_loss": loss.detach()} | logs | {"contrastive_loss": contrastive.detach()}
             loss = loss + self.stage.contrastive_weight * contrastive
+        if pairs is not None and self.stage.matching_weight:
+            matching, right = matched(self.model, batch, keys_values, draw(pairs, batch, self.training))
+            matching, right = matching / plan.mean_matches, right / plan.mean_matches
+            logs |= {"matching_loss": matching.detach(), "matching_accuracy": right}
+            loss = loss + self.stage.matching_weight * matching
         return loss, logs
 
     def pairs(self, batch: Batch) -> Pairs:
@@ -180,15 +197,23 @@ def _predict(
 ) -> tuple[Tensor, Tensor, Logs]:
     """The loss of the labelled tokens, which of them (T,) are predicted right, and numbers to log.
 
-    A mixture of experts adds its router loss, as it is: a mean over this batch's tokens.
+    A mixture of experts adds its router loss, as it is: a mean over this batch's tokens; in adapters, over those that see.
     """
     text = model.config.text_config
-    output = model.states(**inputs, output_router_logits=True if balances(text) else None)
+    adapters = model.config.adapter_config
+    routed: list[Tensor] = []
+    inputs = inputs | {"output_router_logits": True if balances(text) else None, "adapter_router_logits": routed}
+    output = model.states(**inputs)
     hidden, wanted = labelled(output.last_hidden_state, labels, shift)
     total, right = linear_cross_entropy(model.language_model, hidden, wanted)
     loss, logs = total / mean_targets, {"token_accuracy": right.sum() / mean_targets}
     if balances(text) and output.router_logits:
-        balance, busiest = router_loss(text, output.router_logits, inputs["document_ids"] > 0)
+        balance, busiest = router_loss(text.num_experts_per_tok, output.router_logits, inputs["document_ids"] > 0)
         logs |= {"token_loss": loss.detach(), "router_loss": balance.detach(), "router_busiest": busiest}
         loss = loss + text.router_aux_loss_coef * balance
+    if routed:
+        balance, busiest = router_loss(adapters.experts_per_token, routed, inputs["token_image"] >= 0)
+        logs = {"token_loss": total.detach() / mean_targets} | logs
+        logs |= {"adapter_router_loss": balance.detach(), "adapter_router_busiest": busiest}
+        loss = loss + adapters.balance * balance
     return loss, right, logs

@@ -37,8 +37,8 @@ TABLES = (
 def choose_trainable(objective: Objective, stage: Stage) -> None:
     """Set `requires_grad` of every parameter: those that the objective reads, `train` names and `freeze` does not.
 
-    With LoRA, of its towers only the updates train. Raises UsageError for a pattern that matches nothing, and if
-    nothing is left to train.
+    With LoRA, of its towers only the updates train. Raises UsageError for a pattern that matches nothing, for one of `rates`
+    that matches nothing that trains, and if nothing is left to train.
     """
     parameters = dict(objective.model.named_parameters())
     for field in ("train", "freeze"):
@@ -60,6 +60,35 @@ def choose_trainable(objective: Objective, stage: Stage) -> None:
             f"train {stage.train} and freeze {stage.freeze} leave objective {stage.objective} nothing to train, of "
             f"{len(parameters)} parameters; it reads those that begin with {', '.join(objective.reads())}"
         )
+    _check_rates({name for name, parameter in parameters.items() if parameter.requires_grad}, stage)
+
+
+def _check_rates(trained: set[str], stage: Stage) -> None:
+    """Raises UsageError for a pattern of `rates` that decides for none of the parameters that train."""
+    deciding = {_deciding(name, stage) for name in trained}
+    for pattern in stage.rates:
+        if pattern in deciding:
+            continue
+        matched = [name for name in sorted(trained) if _matches(name, pattern)]
+        if not matched:
+            raise UsageError(
+                f"rates pattern {pattern!r} matches none of {len(trained)} parameters that train; their names begin with "
+                f"{', '.join(sorted({name.partition('.')[0] for name in trained}))}"
+            )
+        raise UsageError(
+            f"rates pattern {pattern!r} comes too late: all {len(matched)} parameters that it matches are taken by the "
+            f"patterns before it, such as {_deciding(matched[0], stage)!r}; put it first"
+        )
+
+
+def _deciding(name: str, stage: Stage) -> str | None:
+    return next((pattern for pattern in stage.rates if _matches(name, pattern)), None)
+
+
+def factor_of(name: str, stage: Stage) -> float:
+    """What a parameter's learning rate is of the stage's: by the first of the stage's `rates` that matches its name, else 1."""
+    pattern = _deciding(name, stage)
+    return 1.0 if pattern is None else stage.rates[pattern]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -71,7 +100,7 @@ def make_optimizer(model: VLMModel, stage: Stage) -> torch.optim.Optimizer:
     """AdamW, or Muon for the hidden matrices and AdamW for the rest, over what trains.
 
     Weight decay is for matrices alone: not for norms, biases, gates, embeddings. `scale` in a group multiplies its
-    learning rate.
+    learning rate: the stage's `rates`, and what Muon's updates take.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = getattr(model.get_output_embeddings(), "weight", None)
@@ -81,20 +110,26 @@ def make_optimizer(model: VLMModel, stage: Stage) -> torch.optim.Optimizer:
             continue
         matrix = parameter.ndim >= 2 and id(parameter) not in embeddings and name.rpartition(".")[2] not in TABLES
         by_muon = stage.optimizer == "muon" and matrix and parameter.ndim == 2 and parameter is not head
-        groups[matrix, tuple(parameter.shape) if by_muon else None].append(parameter)
-    listed = [_group(matrix, shape, parameters, stage) for (matrix, shape), parameters in groups.items()]
+        shape = tuple(parameter.shape) if by_muon else None
+        groups[matrix, shape, factor_of(name, stage)].append(parameter)
+    listed = [
+        _group(matrix, shape, factor, parameters, stage) for (matrix, shape, factor), parameters in groups.items()
+    ]
     if stage.optimizer == "muon":
         return _muon(listed)
     return torch.optim.AdamW(listed, lr=stage.lr, betas=BETAS, fused=True)
 
 
-def _group(matrix: bool, shape: tuple[int, int] | None, parameters: list[nn.Parameter], stage: Stage) -> dict[str, Any]:
-    group = {"params": parameters, "lr": stage.lr, "weight_decay": stage.weight_decay if matrix else 0.0, "scale": 1.0}
+def _group(
+    matrix: bool, shape: tuple[int, int] | None, factor: float, parameters: list[nn.Parameter], stage: Stage
+) -> dict[str, Any]:
+    decay = stage.weight_decay if matrix else 0.0
+    group: dict[str, Any] = {"params": parameters, "lr": stage.lr, "weight_decay": decay, "scale": factor}
     if shape is not None:
         # An orthogonal update, brought to the size of AdamW's, takes AdamW's learning rate and decay (Moonlight, Liu et
         # al. 2025, equation 4). DeepSpeed's Muon has put in √max(1, rows / columns) already.
         rows, columns = shape
-        group["scale"] = 0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns))
+        group["scale"] *= 0.2 * math.sqrt(max(rows, columns)) / math.sqrt(max(1.0, rows / columns))
     if stage.optimizer == "muon":
         group["use_muon"] = shape is not None
     return group

@@ -23,13 +23,14 @@ def prepare(engine: DeepSpeedEngine, batches: Sequence[Batch]) -> list[Plan]:
     Where an objective compares pairs over several micro-batches, all of them are embedded here, without a graph.
     """
     objective, device = engine.module, engine.device
-    (everything,) = sums([sum(objective.targets(batch) for batch in batches)], device)
-    mean_targets = max(1.0, everything) / (len(batches) * dist.get_world_size())
+    own = [sum(objective.targets(batch) for batch in batches), sum(objective.matches(batch) for batch in batches)]
+    parts = len(batches) * dist.get_world_size()
+    mean_targets, mean_matches = (max(1.0, everywhere) / parts for everywhere in sums(own, device))
     if len(batches) == 1 or not objective.compares:
-        return [Plan(mean_targets)] * len(batches)
+        return [Plan(mean_targets, mean_matches=mean_matches)] * len(batches)
     pairs, randoms = [], []
     with torch.no_grad():
         for batch in batches:
             randoms.append(RandomState.now(device))
             pairs.append(engine(on_device(batch, device), None))
-    return [Plan(mean_targets, part) for part in whole_step(pairs, randoms)]
+    return [Plan(mean_targets, part, mean_matches) for part in whole_step(pairs, randoms)]

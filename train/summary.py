@@ -1,6 +1,6 @@
 """A table of what trains and what is frozen, part by part.
 
-Knows a model's parameters and their names. Knows nothing of optimizers or objectives.
+Knows a model's parameters, their names and their learning rates. Knows nothing of optimizers or objectives.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .config import Stage
+from .optimization import factor_of
 
 HEADINGS = ("part", "parameters", "trainable", "dtype", "lr")
 
@@ -20,13 +21,16 @@ class _Part:
     total: int = 0
     trainable: int = 0
     dtypes: set[str] = field(default_factory=set)
+    rates: set[float] = field(default_factory=set)
 
-    def add(self, parameter: nn.Parameter) -> None:
+    def add(self, parameter: nn.Parameter, rate: float) -> None:
         # Under ZeRO-3 a parameter is an empty shard that remembers its size as `ds_numel`.
         size = getattr(parameter, "ds_numel", parameter.numel())
         self.total += size
         self.trainable += size if parameter.requires_grad else 0
         self.dtypes.add(str(parameter.dtype).removeprefix("torch."))
+        if parameter.requires_grad:
+            self.rates.add(rate)
 
 
 def training_table(model: nn.Module, stage: Stage) -> str:
@@ -35,9 +39,10 @@ def training_table(model: nn.Module, stage: Stage) -> str:
     whole = _Part()
     for name, parameter in model.named_parameters():
         part = name.partition(".")[0] if "." in name else "scalars"
-        parts.setdefault(part, _Part()).add(parameter)
-        whole.add(parameter)
-    rows = [_row(name, part, stage) for name, part in [*parts.items(), ("total", whole)]]
+        rate = stage.lr * factor_of(name, stage)
+        parts.setdefault(part, _Part()).add(parameter, rate)
+        whole.add(parameter, rate)
+    rows = [_row(name, part) for name, part in [*parts.items(), ("total", whole)]]
     return _aligned([HEADINGS, *rows])
 
 
@@ -45,21 +50,21 @@ def training_totals(model: nn.Module, stage: Stage, state_bytes: int) -> str:
     """How much trains, what the optimizer keeps for it over all ranks, and, with LoRA, what its adapter folder will hold."""
     whole, adapter = _Part(), 0
     for name, parameter in model.named_parameters():
-        whole.add(parameter)
+        whole.add(parameter, stage.lr)
         adapter += 4 * parameter.numel() if "lora_" in name or parameter.requires_grad else 0
     told = f"trains {whole.trainable:,} of {whole.total:,} parameters; optimizer state {state_bytes:,} bytes"
     return told + (f"; adapter {adapter:,} bytes" if stage.lora is not None else "")
 
 
-def _row(name: str, part: _Part, stage: Stage) -> tuple[str, ...]:
+def _row(name: str, part: _Part) -> tuple[str, ...]:
     if part.trainable == 0:
         trainable = "frozen"
     elif part.trainable == part.total:
         trainable = "all"
     else:
         trainable = f"{part.trainable:,} ({part.trainable / part.total:.1%})"
-    rate = f"{stage.lr:g}" if part.trainable else "–"
-    return name, f"{part.total:,}", trainable, ", ".join(sorted(part.dtypes)), rate
+    rates = ", ".join(f"{rate:g}" for rate in sorted(part.rates)) or "–"
+    return name, f"{part.total:,}", trainable, ", ".join(sorted(part.dtypes)), rates
 
 
 def _aligned(rows: Iterable[tuple[str, ...]]) -> str:

@@ -88,6 +88,34 @@ class FeedForward(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(hidden)))
 
 
+class SparseFeedForward(nn.Module):
+    """Σ_e g_e · FeedForward_e(x) over the k experts with the largest router logits of a token; g is their softmax.
+
+    Shazeer et al. 2017 ("Outrageously Large Neural Networks", equations 2, 3 and 5, without noise). No token is dropped: an
+    expert takes as many as choose it. Every expert runs at every call, if on no token at all: under ZeRO-3 the ranks gather its
+    weights together.
+    """
+
+    def __init__(self, width: int, inner: int, experts: int, per_token: int) -> None:
+        super().__init__()
+        self.per_token = per_token
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(FeedForward(width, inner) for _ in range(experts))
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, C) -> (B, L, C), and the router's logits (B·L, experts)."""
+        flat = hidden.flatten(0, -2)
+        logits = self.router(flat)
+        largest, chosen = logits.topk(self.per_token, dim=-1)  # (B·L, k)
+        weights = largest.float().softmax(dim=-1).to(hidden.dtype)
+        mixed = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            tokens, places = (chosen == number).nonzero(as_tuple=True)
+            told = expert(flat[tokens]) * weights[tokens, places, None]
+            mixed = mixed.index_add(0, tokens, told.to(mixed.dtype))
+        return mixed.view_as(hidden), logits
+
+
 class GatedCrossAttention(GradientCheckpointingLayer):
     """One adapter: x + tanh(α_attn) · CrossAttention(norm(x), image), then x + tanh(α_ff) · FeedForward(norm(x)).
 
@@ -95,7 +123,11 @@ class GatedCrossAttention(GradientCheckpointingLayer):
     """
 
     def __init__(
-        self, hidden_size: int, attention: CrossAttention, feed_forward: FeedForward | None, gate_init: float
+        self,
+        hidden_size: int,
+        attention: CrossAttention,
+        feed_forward: FeedForward | SparseFeedForward | None,
+        gate_init: float,
     ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(hidden_size)
@@ -106,13 +138,22 @@ class GatedCrossAttention(GradientCheckpointingLayer):
             self.feed_forward_norm = nn.LayerNorm(hidden_size)
             self.feed_forward_gate = nn.Parameter(torch.full((1,), float(gate_init)))
 
-    def forward(self, hidden: Tensor, keys_values: Tensor, sees: Tensor, mask: Tensor | None) -> Tensor:
-        """hidden (B, L, C); keys_values (B, 2, K, S, d); sees (B, L) True where a token sees a picture; mask (B, 1, L, S)."""
+    def forward(
+        self, hidden: Tensor, keys_values: Tensor, sees: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden (B, L, C); keys_values (B, 2, K, S, d); sees (B, L) True where a token sees a picture; mask (B, 1, L, S).
+
+        Returns hidden (B, L, C), and router logits (B·L, experts); None where the feed-forward has no router.
+        """
+        router_logits: Tensor | None = None
         attended = self.attention(self.attention_norm(hidden), keys_values, mask)
         looked = hidden + self.attention_gate.tanh() * attended
         if self.feed_forward is not None:
-            looked = looked + self.feed_forward_gate.tanh() * self.feed_forward(self.feed_forward_norm(looked))
-        return torch.where(sees[..., None], looked, hidden)
+            told = self.feed_forward(self.feed_forward_norm(looked))
+            if isinstance(told, tuple):
+                told, router_logits = told
+            looked = looked + self.feed_forward_gate.tanh() * told
+        return torch.where(sees[..., None], looked, hidden), router_logits
 
 
 class ResamplerLayer(nn.Module):

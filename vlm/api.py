@@ -254,6 +254,29 @@ class VLM:
         named = [dict(zip(labels, row, strict=True)) for row in probabilities.tolist()]
         return named if isinstance(images, (list, tuple)) else named[0]
 
+    @torch.no_grad()
+    def match(self, images: Any, texts: Any, *, batch_size: int = 32) -> Any:
+        """The probability (float) that a text goes with a picture, or of each of a list of texts with its picture of a list.
+
+        Raises UsageError for a model that was not trained with `matching_weight`, and for lists of different lengths.
+        """
+        pictures, listed = _listed(images), [_filled(text, "text") for text in _listed(texts)]
+        if len(pictures) != len(listed):
+            raise UsageError(
+                f"match got {len(pictures)} pictures and {len(listed)} texts; give one text for each picture"
+            )
+        told: list[float] = []
+        for part in _parts(list(zip(pictures, listed, strict=True)), batch_size):
+            encoded = self.processor.encode_text([text for _, text in part])
+            self._check_length(encoded["input_ids"].shape[1])
+            inputs = {name: tensor.to(self.model.device) for name, tensor in encoded.items()}
+            pixels = self.processor.pixels([picture for picture, _ in part]).to(self.model.device)
+            keys_values = self.model.picture_keys_values(self.model.image_states(pixels))
+            own = torch.arange(len(part), device=self.model.device)[:, None]
+            logits = self.model.match(**inputs, picture_keys_values=keys_values, image_slots=own)
+            told += logits.float().softmax(dim=-1)[:, 1].tolist()
+        return told if isinstance(texts, (list, tuple)) else told[0]
+
     # Beneath
 
     def _prompt(self, messages: Messages) -> str:

@@ -22,6 +22,9 @@ class AdapterConfig:
     layers: exact layer indices instead of `every`.
     heads, kv_heads, head_dim: attention shape; None takes the language model's own. `kv_heads` < `heads` shares keys (GQA).
     feed_forward: width of the adapter's feed-forward as a multiple of the hidden size; 0 leaves it out.
+    experts, experts_per_token: that many feed-forwards of that width, of which a router chooses so many for each token
+    (Shazeer et al. 2017); 0 experts is one feed-forward for all tokens.
+    balance: weight in training of the loss that keeps the router even (Switch Transformer, Fedus et al. 2021).
     gate_init: value of α at birth; the branch enters scaled by tanh(α). 0 makes a new composite equal its language model.
     qk_norm: RMS-normalise queries and keys per head.
     positions: "sincos" (fixed, 2-D) or "learned", added to the image tokens before they become keys and values.
@@ -35,6 +38,9 @@ class AdapterConfig:
     kv_heads: int | None = None
     head_dim: int | None = None
     feed_forward: float = 4.0
+    experts: int = 0
+    experts_per_token: int = 2
+    balance: float = 0.01
     gate_init: float = 0.0
     qk_norm: bool = False
     positions: str = "sincos"
@@ -46,6 +52,16 @@ class AdapterConfig:
             raise UsageError(f"adapter.positions is {self.positions!r}; it must be 'sincos' or 'learned'")
         if self.every < 1:
             raise UsageError(f"adapter.every is {self.every}; it must be at least 1")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise UsageError(
+                f"adapter.experts_per_token is {self.experts_per_token} and adapter.experts is {self.experts}; choose 1 to "
+                f"{self.experts}"
+            )
+        if self.experts and not self.feed_forward:
+            raise UsageError(
+                f"adapter.experts is {self.experts} and adapter.feed_forward is 0; an expert is a feed-forward, so give its "
+                "width"
+            )
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
 
@@ -108,6 +124,7 @@ class VLMConfig(PreTrainedConfig):
     vision: fields of `VisionConfig`. text_config: any Hugging Face language model's configuration.
     adapter: fields of `AdapterConfig`. embedding_dim: size of the shared contrastive space.
     image_token_id: the token that stands for a picture in the text. mask_token_id: the token that MLM fills in.
+    matching: whether there is a head that judges if a text goes with a picture; training with `matching_weight` puts it in.
     quantization: what `vlm.quantization.quantize` did, {"scheme": "int8" | "int4", "vision": bool}; None for nothing.
     """
 
@@ -120,6 +137,7 @@ class VLMConfig(PreTrainedConfig):
     embedding_dim: int = 256
     image_token_id: int | None = None
     mask_token_id: int | None = None
+    matching: bool = False
     quantization: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -32,6 +32,7 @@ from vlm.quantization import is_quantized
 # Name of a tower -> the attribute of the composite, and the folder that its updates lie in.
 TOWERS = {"text": ("language_model", "."), "vision": ("vision", "vision")}
 CONFIG, WEIGHTS, OTHERS, BASE = "adapter_config.json", "adapter_model.safetensors", "trained.safetensors", "base.json"
+MATCHING = "matching_head."
 PREFIX = "base_model.model."  # peft's, before every name in a file
 
 
@@ -183,9 +184,12 @@ def _ending(name: str) -> str:
 
 
 def base_hash(weights: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and float32 values of weights, whatever their order."""
+    """sha256 over names, shapes and float32 values of weights, whatever their order.
+
+    Without those of the matching head: training puts one into a base that had none, and what it learns is the adapter's.
+    """
     digest = hashlib.sha256()
-    for name in sorted(weights):
+    for name in sorted(name for name in weights if not name.startswith(MATCHING)):
         value = weights[name].detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.numpy().data)
@@ -257,6 +261,8 @@ def load_lora(model: Any, folder: str | Path) -> None:
                 f"they differ in {sorted(set(wanted) ^ set(updates))[0].removeprefix(PREFIX)}"
             )
         named |= {f"{TOWERS[tower][0]}.{wanted[saved]}": value for saved, value in updates.items()}
+    if any(name.startswith(MATCHING) for name in others):
+        model.add_matching_head()
     try:
         unexpected = model.load_state_dict(named | others, strict=False).unexpected_keys
     except RuntimeError as error:

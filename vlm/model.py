@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationMixin, PreTrainedModel
 
-from vlm.adapters import AttentionPool, CrossAttention, FeedForward, GatedCrossAttention, PerceiverResampler
+from vlm.adapters import (
+    AttentionPool,
+    CrossAttention,
+    FeedForward,
+    GatedCrossAttention,
+    PerceiverResampler,
+    SparseFeedForward,
+)
 from vlm.configuration import AdapterConfig, VLMConfig
 from vlm.documents import document_mask, document_positions, one_document_each
 from vlm.errors import UsageError
@@ -82,6 +89,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         self.text_projection = nn.Linear(text.hidden_size, config.embedding_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.full((1,), 1 / 0.07).log())
         self.logit_bias = nn.Parameter(torch.full((1,), -10.0))
+        self.matching_head = nn.Linear(text.hidden_size, 2) if config.matching else None
         attach(layers, tuple(int(key) for key in self.adapters), self._fuse)
         self._set_fused_attention(config._attn_implementation != "eager")
         if config.image_token_id is not None and self.can_generate():
@@ -125,10 +133,12 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         image_states (n, S, D); image_slots (B, M), the flat index of each row's pictures, -1 for an empty slot.
         Returns (B, A, 2, K, M·S, d). An empty slot holds some other picture's values, and no token looks at it.
         """
+        return in_slots(self.picture_keys_values(image_states), image_slots)
+
+    def picture_keys_values(self, image_states: Tensor) -> Tensor:
+        """Keys and values of every adapter, picture by picture: (n, S, D) -> (n, A, 2, K, S, d)."""
         adapters: Iterable[Any] = self.adapters.values()
-        flat = torch.stack([adapter.attention.keys_values(image_states) for adapter in adapters], dim=1)
-        rows = flat[image_slots.clamp(min=0)]  # (B, M, A, 2, K, S, d)
-        return rows.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
+        return torch.stack([adapter.attention.keys_values(image_states) for adapter in adapters], dim=1)
 
     def token_image(self, input_ids: Tensor) -> Tensor:
         """(B, L) -> (B, L): the slot of the picture that a token sees, the last one placed up to it; -1 where there is none."""
@@ -148,7 +158,12 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
     def _fuse(self, key: str, hidden: Tensor, visual: Visual) -> Tensor:
         order = list(self.adapters).index(key)
-        return self.adapters[key](hidden, visual.keys_values[:, order].to(hidden.dtype), visual.sees, visual.mask)
+        keys_values = visual.keys_values[:, order].to(hidden.dtype)
+        looked, router_logits = self.adapters[key](hidden, keys_values, visual.sees, visual.mask)
+        # Here, outside what activation checkpointing runs a second time.
+        if visual.router_logits is not None and router_logits is not None:
+            visual.router_logits.append(router_logits)
+        return looked
 
     # Text
 
@@ -203,6 +218,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         """What `forward` does without the head: the base model's output, with last_hidden_state (B, L, C).
 
         inputs: those of `forward`. output_router_logits: also router_logits, (B·L, experts) of each layer with experts.
+        adapter_router_logits, one of `inputs`: a list to which each adapter with experts adds its own, (B·L, experts).
         """
         told = {} if output_router_logits is None else {"output_router_logits": output_router_logits}
         return self.language_model.base_model(**self._inputs(input_ids, **inputs), **told)
@@ -218,6 +234,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         image_keys_values: Tensor | None = None,
         document_ids: Tensor | None = None,
         bidirectional: bool = False,
+        adapter_router_logits: list[Tensor] | None = None,
     ) -> dict[str, Any]:
         """The language model's keywords for the arguments of `forward`."""
         inputs: dict[str, Any] = {"input_ids": input_ids}
@@ -229,7 +246,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         if image_keys_values is not None:
             if token_image is None:
                 token_image = self.token_image(input_ids)
-            inputs["visual"] = self._visual(image_keys_values, token_image)
+            inputs["visual"] = self._visual(image_keys_values, token_image, adapter_router_logits)
         if document_ids is not None or bidirectional:
             if document_ids is None:
                 document_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
@@ -239,15 +256,15 @@ class VLMModel(PreTrainedModel, GenerationMixin):
             inputs["position_ids"] = position_ids + self._first_position
         return inputs | {"attention_mask": mask}
 
-    def _visual(self, image_keys_values: Tensor, token_image: Tensor) -> Visual:
+    def _visual(self, image_keys_values: Tensor, token_image: Tensor, router_logits: list[Tensor] | None) -> Visual:
         sees = token_image >= 0
         tokens = image_keys_values.shape[-2]
         if tokens == self.tokens_per_picture:
-            return Visual(image_keys_values, sees, mask=None)
+            return Visual(image_keys_values, sees, None, router_logits)
         slot_of_key = torch.arange(tokens, device=token_image.device) // self.tokens_per_picture
         # A token without a picture may look anywhere, and what it finds is thrown away: softmax over nothing is NaN.
         mask = (token_image[:, :, None] == slot_of_key) | ~sees[:, :, None]
-        return Visual(image_keys_values, sees, mask[:, None])
+        return Visual(image_keys_values, sees, mask[:, None], router_logits)
 
     @property
     def max_tokens(self) -> int | None:
@@ -308,10 +325,34 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, normalize: bool = True) -> Tensor:
         """Tokens (n, L) -> embeddings (n, E): the mean of the last hidden states over real tokens, projected."""
         output = self.language_model.base_model(input_ids=input_ids, attention_mask=attention_mask)
-        weights = attention_mask[..., None].to(output.last_hidden_state.dtype)
-        mean = (output.last_hidden_state * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-        embedding = self.text_projection(mean)
+        embedding = self.text_projection(_mean(output.last_hidden_state, attention_mask))
         return F.normalize(embedding, dim=-1) if normalize else embedding
+
+    def match(
+        self, input_ids: Tensor, attention_mask: Tensor, picture_keys_values: Tensor, image_slots: Tensor
+    ) -> Tensor:
+        """Whether each text goes with its picture: logits (n, 2), of no and yes (ALBEF, Li et al. 2021, equation 3).
+
+        input_ids, attention_mask (n, L); picture_keys_values: of all pictures; image_slots (n, 1): which is each text's.
+        Every token sees the picture; the mean of the last hidden states over real tokens is judged. Raises UsageError for a
+        model without the head.
+        """
+        if self.matching_head is None:
+            raise UsageError("the model has no matching head; train it with matching_weight in a joint stage")
+        output = self.states(
+            input_ids,
+            attention_mask=attention_mask,
+            token_image=torch.zeros_like(input_ids),
+            image_keys_values=in_slots(picture_keys_values, image_slots),
+        )
+        return self.matching_head(_mean(output.last_hidden_state, attention_mask))
+
+    def add_matching_head(self) -> None:
+        """Put in a head for `match`, with random weights, where there is none."""
+        if self.matching_head is None:
+            width = self.language_model.config.get_text_config().hidden_size
+            self.matching_head = nn.Linear(width, 2, device=self.device, dtype=self.dtype)
+            self.config.matching = True
 
     # Generation, by Hugging Face's `generate`; pictures are encoded once
 
@@ -387,6 +428,18 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         }
 
 
+def in_slots(picture_keys_values: Tensor, image_slots: Tensor) -> Tensor:
+    """Each row's pictures side by side: (n, A, 2, K, S, d), by slots (B, M), -> (B, A, 2, K, M·S, d)."""
+    rows = picture_keys_values[image_slots.clamp(min=0)]  # (B, M, A, 2, K, S, d)
+    return rows.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
+
+
+def _mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Over real tokens: (n, L, C) and (n, L) -> (n, C)."""
+    weights = attention_mask[..., None].to(hidden.dtype)
+    return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+
+
 def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, image_width: int) -> GatedCrossAttention:
     """One adapter from numbers: those of the configuration, the language model's where it leaves them open."""
     heads = config.heads or text_heads
@@ -396,7 +449,9 @@ def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, imag
         raise UsageError(f"adapter.heads {heads} is no multiple of adapter.kv_heads {kv_heads}; choose a divisor")
     attention = CrossAttention(hidden_size, image_width, heads, kv_heads, head_dim, config.qk_norm)
     inner = int(config.feed_forward * hidden_size)
-    feed_forward = FeedForward(hidden_size, inner) if inner else None
+    feed_forward: FeedForward | SparseFeedForward | None = FeedForward(hidden_size, inner) if inner else None
+    if config.experts:
+        feed_forward = SparseFeedForward(hidden_size, inner, config.experts, config.experts_per_token)
     return GatedCrossAttention(hidden_size, attention, feed_forward, config.gate_init)
 
 

@@ -99,6 +99,8 @@ def why_kept(model: Any, name: str, module: nn.Module, vision: bool) -> str | No
     part, last = name.partition(".")[0], name.rpartition(".")[2]
     if part in VISION and not vision:
         return "vision tower"
+    if part == "matching_head":
+        return "matching head"
     if part not in (*PARTS, *VISION):
         return "contrastive space"
     if type(module) not in (nn.Linear, Conv1D, Int8Linear, Int4Linear):

@@ -7,6 +7,8 @@ Shapes: B rows, L tokens, E experts, k of them for a token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -18,16 +20,17 @@ def balances(text_config: PreTrainedConfig) -> bool:
     return bool(getattr(text_config, "router_aux_loss_coef", 0.0))
 
 
-def router_loss(
-    text_config: PreTrainedConfig, router_logits: tuple[Tensor, ...], real: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The load-balancing loss (Switch Transformer, Fedus et al. 2021, equations 4 to 6), before `router_aux_loss_coef`.
+def router_loss(chosen: int, router_logits: Sequence[Tensor], real: Tensor) -> tuple[Tensor, Tensor]:
+    """The load-balancing loss (Switch Transformer, Fedus et al. 2021, equations 4 to 6), before its weight.
 
-    router_logits: (B·L, E) of each layer. real: (B, L), the tokens that count. Also returns the share of tokens that
-    the busiest expert of a layer is given, the mean over layers: k / E where all are even, 1 where one has every token.
+    chosen: k. router_logits: (B·L, E) of each layer. real: (B, L), the tokens that count; without any the loss is 0.
+    Also returns the share of tokens that the busiest expert of a layer is given, the mean over layers: k / E where all are
+    even, 1 where one has every token.
     """
-    experts, chosen = router_logits[0].shape[-1], text_config.num_experts_per_tok
-    loss = load_balancing_loss_func(router_logits, experts, chosen, real.long())
+    experts = router_logits[0].shape[-1]
+    if not real.any():
+        return 0.0 * torch.stack([logits.sum() for logits in router_logits]).sum(), torch.zeros((), device=real.device)
+    loss = load_balancing_loss_func(tuple(router_logits), experts, chosen, real.long())
     counted = real.flatten()
     busiest = []
     for logits in router_logits:

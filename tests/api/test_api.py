@@ -403,3 +403,32 @@ def test_what_the_processor_pads_can_be_generated_from(make_model, make_processo
         inputs = processor.apply_chat_template(turn, **options)
         alone = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
         assert reply.tolist()[: len(alone)] == alone.tolist()
+
+
+# Matching
+
+
+def test_match_says_how_likely_a_text_goes_with_a_picture(make_model, make_processor, pictures):
+    model = make_model(gate_init=1.0)
+    model.add_matching_head()
+    judge = vlm.VLM(model, make_processor())
+    texts = ["a cat", "something rather longer", "no"]
+    together = judge.match(pictures, texts)
+    alone = [judge.match(picture, text) for picture, text in zip(pictures, texts, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-6) and together == judge.match(pictures, texts, batch_size=2)
+    ids = torch.tensor([judge.processor.tokenizer.encode("no") + [1]])
+    pixels = judge.processor.pixels([pictures[2]])
+    with torch.no_grad():
+        states = model.states(
+            ids, pixel_values=pixels, image_slots=torch.tensor([[0]]), token_image=torch.zeros_like(ids)
+        ).last_hidden_state
+        logits = states.mean(dim=1) @ model.matching_head.weight.T + model.matching_head.bias
+    assert alone[2] == pytest.approx(logits.double().softmax(dim=-1)[0, 1].item(), abs=1e-6)
+    assert judge.match(pictures[0], "no") != pytest.approx(alone[2], abs=1e-6), "it does not look"
+
+
+def test_match_takes_a_head_and_a_text_for_each_picture(talker, pictures, make_model, make_processor):
+    with pytest.raises(UsageError, match="the model has no matching head; train it with matching_weight"):
+        talker.match(pictures[0], "a cat")
+    with pytest.raises(UsageError, match="match got 3 pictures and 2 texts; give one text for each picture"):
+        talker.match(pictures, ["a", "b"])

@@ -76,7 +76,7 @@ def test_an_adapter_adds_two_gated_branches():
     inner = norm(expected, adapter.feed_forward_norm) @ adapter.feed_forward.up_proj.weight.T
     inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
     expected = expected + math.tanh(-0.3) * (inner @ adapter.feed_forward.down_proj.weight.T)
-    result = adapter(text, attention.keys_values(source), sees, None)
+    result, _ = adapter(text, attention.keys_values(source), sees, None)
     torch.testing.assert_close(result[sees], expected[sees], atol=1e-12, rtol=1e-10)
     assert torch.equal(result[~sees], text[~sees])
 

@@ -43,7 +43,7 @@ def moved_by_adapter(model, first: torch.Tensor, second: torch.Tensor, **inputs:
     """(B, L): where the one adapter of a model returns something else, before self-attention carries it on."""
     seen: list[torch.Tensor] = []
     (adapter,) = model.adapters.values()
-    hook = adapter.register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = adapter.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     for pixels in (first, second):
         model(pixel_values=pixels, **inputs)
     hook.remove()

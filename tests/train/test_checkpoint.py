@@ -17,11 +17,12 @@ import torch
 from vlm.errors import UsageError
 from vlm.saving import read
 from vlm.settings import annotated_yaml
+from vlm.train import loop
 from vlm.train.loop import train
 
 CLOCK = ("seconds", "samples_per_second", "tokens_per_second", "mfu", "memory_gib")
 STAGES = (
-    {"objective": "contrastive", "steps": 3, "batch": 4, "micro_batch": 2},
+    {"objective": "contrastive", "steps": 3, "batch": 4, "micro_batch": 2, "rates": {"vision": 0.5}},
     {"objective": "joint", "steps": 4, "batch": 4, "micro_batch": 2, "lora": {"r": 2, "dropout": 0.3}, "ema": 0.6},
 )
 
@@ -168,6 +169,24 @@ def test_a_fresh_start_forgets_an_earlier_run(run):
     assert first.out == again.out
     assert {path.name for path in (again.out / "checkpoints").iterdir()} == {"latest", "stage0-step4", "finished"}
     assert [line["step"] for line in again.steps] == [1, 2, 3, 4, 5] and not again.events("resumed")
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_rates_are_those_that_the_config_says_now(run, tmp_path, monkeypatch, zero):
+    stage = {"objective": "joint", "steps": 2, "lr": 0.001, "schedule": "constant"}
+    settings = {"zero": zero, "checkpoint": {"every": 1}}
+    left = run(stage | {"rates": {"vision": 0.5}}, **settings)
+    go_on_from(left.out, tmp_path / "copy", "stage0-step1")
+    seen: list[set[float]] = []
+
+    def heard(optimizer, lr):
+        set_rates(optimizer, lr)
+        seen.append({round(group["lr"] / lr, 6) for group in optimizer.param_groups})
+
+    set_rates = loop.set_rates
+    monkeypatch.setattr(loop, "set_rates", heard)
+    run(stage | {"rates": {"vision": 0.25}}, **settings, into="copy", resume=True)
+    assert seen == [{0.25, 1.0}]
 
 
 # What cannot be resumed

@@ -51,8 +51,10 @@ def pairs() -> dict:
         ("gemma3_text", "joint", {}, {}),
         ("phi3", "joint", {}, {}),
         ("qwen3", "joint", {"latents": 4}, {}),
+        ("qwen3", "joint", {"experts": 4, "experts_per_token": 2}, {}),
         ("qwen3", "joint", {"every": 2, "kv_heads": 2}, {"train": ["adapters"]}),
         ("qwen3", "joint", {}, {"freeze": ["vision"], "contrastive_weight": 0.5}),
+        ("qwen3", "joint", {}, {"contrastive_weight": 0.5, "matching_weight": 0.5}),
         ("qwen3", "contrastive", {}, {}),
         ("bert", "contrastive", {}, {"freeze": ["language_model"]}),
         ("qwen3", "clm", {}, {}),
@@ -60,6 +62,8 @@ def pairs() -> dict:
 )
 def test_they_are_what_the_counter_counts(make_model, language, objective, adapter, settings):
     model = make_model(language, gate_init=0.5, **adapter)
+    if "matching_weight" in settings:
+        model.add_matching_head()
     model.set_attn_implementation("eager")  # the fused kernel's backward pass counts what it computes again
     stage = Stage.model_validate({"objective": objective, "steps": 1} | settings)
     judged = OBJECTIVES[objective](model, stage)

@@ -336,6 +336,16 @@ def test_the_base_with_its_adapter_is_the_merged_model(run, save_model, tmp_path
     assert same(model.state_dict(), merged.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def test_an_adapter_brings_its_matching_head_to_a_base_without_one(run, base):
+    left = run(LORA | {"contrastive_weight": 0.1, "matching_weight": 0.5})
+    model, _ = read(base)
+    assert model.matching_head is None
+    load_lora(model, left.out / "adapter")
+    merge_lora(model)
+    merged = left.weights()
+    assert "matching_head.weight" in merged and same(model.state_dict(), merged, rtol=1e-5, atol=1e-6)
+
+
 def test_lora_on_both_towers_under_zero_3_is_that_of_one_process(run, base):
     """With nothing held whole: dora reads weights past their layers."""
     stage = LORA | {"steps": 3, "lora": {"r": 2, "dora": True, "rslora": True, "towers": ["text", "vision"]}}

@@ -33,6 +33,8 @@ def objective_of(make_model, make_processor):
     def make(name: str, family: str = "qwen3", **stage):
         settings = Stage.model_validate({"objective": name, "steps": 1, **stage})
         objective = OBJECTIVES[name](make_model(family, gate_init=0.5), settings)
+        if settings.matching_weight:
+            objective.model.add_matching_head()
         return objective, READERS[name](make_processor(), settings, 256, objective.model.config.reading == "causal")
 
     return make
@@ -266,6 +268,46 @@ def test_joint_has_the_router_loss_of_all_its_documents(objective_of, samples):
     assert 2 / 4 <= float(logs["router_busiest"]) <= 1
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("language", ["qwen3", "mixtral"])
+def test_joint_keeps_the_experts_of_adapters_even(make_model, objective_of, samples, language, checkpointed):
+    """Over the tokens that see a picture, by the formula in float64; beside the router loss of the language model."""
+    _, reader = objective_of("joint", language)
+    model = make_model(language, gate_init=0.5, experts=4, experts_per_token=2, balance=0.25)
+    objective = OBJECTIVES["joint"](model, reader.stage)
+    heard: list[Tensor] = []
+    for adapter in model.adapters.values():
+        adapter.feed_forward.router.register_forward_hook(lambda module, given, told: heard.append(told.detach()))
+    if checkpointed:
+        checkpoint_activations(objective.model)
+        objective.train()
+    batch = batch_of(reader, samples)
+    loss, logs = objective(batch, Plan(7.0))
+    seeing = (batch["token_image"] >= 0).flatten()
+    assert 0 < int(seeing.sum()) < seeing.numel() and len(heard) == 3
+    logits = torch.cat([one.double()[seeing] for one in heard])
+    shares = torch.zeros_like(logits).scatter_(1, logits.topk(2, dim=1).indices, 1.0).mean(dim=0)
+    expected = 4 * (shares * logits.softmax(dim=1).mean(dim=0)).sum()
+    assert torch.allclose(logs["adapter_router_loss"].double(), expected, rtol=1e-5)
+    assert 0.5 <= logs["adapter_router_busiest"] <= 1
+    parts = logs["token_loss"] + 0.25 * logs["adapter_router_loss"]
+    if language == "mixtral":
+        parts = parts + model.config.text_config.router_aux_loss_coef * logs["router_loss"]
+    assert torch.allclose(loss, parts, **CLOSE)
+    found = gradients(objective, loss)
+    assert all(torch.count_nonzero(found[name]) for name in found if name.endswith("feed_forward.router.weight"))
+
+
+def test_experts_without_a_picture_have_the_gradients_of_those_with(make_model, objective_of, samples):
+    _, reader = objective_of("joint")
+    objective = OBJECTIVES["joint"](make_model(gate_init=0.5, experts=4), reader.stage)
+    seen, blind = (objective(batch_of(reader, chosen), Plan(1.0)) for chosen in (samples[:2], samples[3:]))
+    assert blind[1]["adapter_router_loss"] == 0 < seen[1]["adapter_router_loss"]
+    with_pictures, without = gradients(objective, seen[0]), gradients(objective, blind[0])
+    assert with_pictures.keys() == without.keys()
+    assert all(torch.count_nonzero(without[name]) == 0 for name in without if name.startswith("model.adapters."))
+
+
 def test_a_router_without_a_loss_is_left_alone(objective_of, samples):
     objective, reader = objective_of("clm", "mixtral")
     objective.model.config.text_config.router_aux_loss_coef = 0.0
@@ -347,6 +389,7 @@ def test_logits_of_all_tokens_never_exist(objective_of, samples, monkeypatch, na
         ("joint", "qwen2", {}),
         ("joint", "opt", {"contrastive_weight": 1.0}),
         ("joint", "qwen3", {"contrastive_weight": 1.0, "loss": "siglip"}),
+        ("joint", "gpt2", {"contrastive_weight": 1.0, "matching_weight": 1.0}),
         ("clm", "qwen3", {}),
         ("mlm", "gpt2", {}),
         ("mlm", "bert", {}),

@@ -12,6 +12,7 @@ from vlm.lora import add_lora
 from vlm.train.config import Stage
 from vlm.train.objectives import OBJECTIVES
 from vlm.train.optimization import BETAS, choose_trainable, make_optimizer, rate, set_rates
+from vlm.train.summary import training_table
 
 
 def stage_of(objective: str = "joint", **fields) -> Stage:
@@ -164,6 +165,82 @@ def test_rates_are_scaled_by_group(choose):
     set_rates(optimizer, 0.5)
     assert all(group["lr"] == 0.5 * group["scale"] for group in optimizer.param_groups)
     assert {group["scale"] for group in optimizer.param_groups if not group["use_muon"]} == {1.0}
+
+
+# Rates by pattern
+
+RATES = {"vision": 0.1, "*.embed_tokens.*": 0.5, "language_model": 2.0}
+
+
+def expected_factor(name: str) -> float:
+    if name.startswith("vision."):
+        return 0.1
+    if name.startswith("language_model."):
+        return 0.5 if ".embed_tokens." in name else 2.0
+    return 1.0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rates_multiply_and_the_first_match_counts(choose, optimizer):
+    plain, with_rates = stage_of("joint", optimizer=optimizer), stage_of("joint", optimizer=optimizer, rates=RATES)
+    model, names = choose(with_rates)
+    told = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: list[dict[str, tuple]] = []
+    for stage in (plain, with_rates):
+        made = make_optimizer(model, stage)
+        set_rates(made, 0.5)
+        found.append(
+            {
+                told[id(parameter)]: (group["lr"], group["weight_decay"])
+                for group in made.param_groups
+                for parameter in group["params"]
+            }
+        )
+    before, after = found
+    assert before.keys() == after.keys() == names
+    for name in names:
+        assert after[name][0] == pytest.approx(before[name][0] * expected_factor(name), rel=1e-12)
+        assert after[name][1] == before[name][1]
+    assert {expected_factor(name) for name in names} == {0.1, 0.5, 1.0, 2.0}
+
+
+def test_a_rate_moves_a_weight_by_as_much(choose):
+    """AdamW's first step is of the size of the rate itself, whatever the gradient."""
+    stage = stage_of("joint", rates={"adapters": 0.25}, weight_decay=0.0)
+    model, _ = choose(stage)
+    optimizer = make_optimizer(model, stage)
+    set_rates(optimizer, 1e-2)
+    weights = {part: dict(model.named_parameters())[name] for part, name in PROBES.items()}
+    before = {part: weight.detach().clone() for part, weight in weights.items()}
+    for weight in weights.values():
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moved = {part: float((before[part] - weight.detach()).mean()) for part, weight in weights.items()}
+    assert moved == pytest.approx({"adapter": 0.25e-2, "text": 1e-2}, rel=1e-3)
+
+
+PROBES = {"adapter": "adapters.0.attention.q_proj.weight", "text": "language_model.model.layers.0.mlp.up_proj.weight"}
+
+
+def test_rates_that_decide_nothing(choose):
+    _, names = choose(stage_of("clm"))
+    words = f"rates pattern 'vision' matches none of {len(names)} parameters that train; .* begin with language_model"
+    with pytest.raises(UsageError, match=words):
+        choose(stage_of("clm", rates={"vision": 0.1}))
+    with pytest.raises(UsageError, match="rates pattern 'adapters' matches none of"):
+        choose(stage_of("joint", freeze=["adapters"], rates={"adapters": 0.1}))
+    norms = [name for name in names if name.endswith("norm.weight")]
+    late = rf"'\*norm.weight' comes too late: all {len(norms)} parameters .* by the patterns before it, such as '\*'; put it"
+    with pytest.raises(UsageError, match=late):
+        choose(stage_of("clm", rates={"*": 0.5, "*norm.weight": 0.1}))
+
+
+def test_the_table_tells_the_rates(choose):
+    stage = stage_of("joint", rates=RATES, freeze=["adapters"])
+    model, _ = choose(stage)
+    rows = {line.split()[0]: line for line in training_table(model, stage).splitlines()}
+    assert rows["vision"].endswith(" 0.01") and rows["language_model"].endswith(" 0.05, 0.2")
+    assert rows["adapters"].endswith(" –") and rows["total"].endswith(" 0.01, 0.05, 0.2")
 
 
 # Schedules

@@ -34,6 +34,8 @@ STAGES = (
     {"objective": "joint", "steps": 30, "contrastive_weight": 0.3},
 )
 JOINT = {"objective": "joint", "steps": 4, "lr": 0.01}
+MATCHING = JOINT | {"steps": 6, "micro_batch": 4, "contrastive_weight": 0.3, "matching_weight": 0.5}
+EXPERTS = {"experts": 4, "experts_per_token": 1, "gate_init": 0.5}
 # Name -> stages and settings of what two ranks train one after the other.
 RUNS = {
     **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 28}, "watch": {"every": 2}}) for zero in ZERO},
@@ -44,6 +46,9 @@ RUNS = {
     **{f"ema {zero}": ([JOINT | {"ema": 0.6}], {"zero": zero}) for zero in (0, 2, 3)},
     "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
     **{f"muon {zero}": ([JOINT | {"optimizer": "muon"}], {"zero": zero}) for zero in (0, 2, 3)},
+    **{f"rates {zero}": ([JOINT | {"rates": {"vision": 0.1, "*.mlp.*": 3.0}}], {"zero": zero}) for zero in (0, 3)},
+    **{f"experts {zero}": ([JOINT], {"zero": zero, "adapter": EXPERTS}) for zero in (0, 3)},
+    **{f"matching {zero}": ([MATCHING], {"zero": zero}) for zero in (0, 3)},
 }
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 LIMIT = 600  # seconds until a rank that waits for another is a failure
@@ -68,16 +73,20 @@ def words(make_shards, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def config_of(make_config, mixed, words, tmp_path_factory):
+def config_of(make_config, save_model, mixed, words, tmp_path_factory):
     """The config of a run by its name, for so many ranks that see the same micro-batches together."""
     folder = tmp_path_factory.mktemp("ranks")
+    sparse = save_model(folder / "sparse", **EXPERTS)
     sources = [{"path": mixed, "weight": 3}, {"path": words, "weight": 1, "objectives": ["joint"]}]
 
     def make(name: str, ranks: int, held: int = 4):
         stages, fields = RUNS[name]
+        fields = dict(fields)
+        if fields.pop("adapter", None) is not None:
+            fields["model"] = {"path": sparse}
         sizes = {"batch": 8, "micro_batch": held // ranks}
         out = folder / f"{name} on {ranks}, {held} at once"
-        return make_config(out, *[dict(stage) | sizes for stage in stages], **fields, data={"train": sources})
+        return make_config(out, *[sizes | dict(stage) for stage in stages], **fields, data={"train": sources})
 
     return make
 
@@ -184,6 +193,29 @@ def test_muon_on_two_ranks(one, two, zero):
     """Gradients are clipped in no stage, or ZeRO would clip updates where one process clips gradients."""
     assert difference(two[f"muon {zero}"], one("muon 0")) < 1e-3
     assert one("muon 0").losses[-1] < one("muon 0").losses[0]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_rates_by_pattern_on_two_ranks(one, two, zero):
+    assert difference(two[f"rates {zero}"], one("rates 0")) < 1e-4
+    assert difference(one("rates 0"), one("plain")) > 1e-3
+
+
+def test_ranks_without_pairs_match_with_the_others(two):
+    """Negatives are a rank's own, so two ranks are held to two ranks whose parameters nobody splits."""
+    split, whole = two["matching 3"], two["matching 0"]
+    assert difference(split, whole) < 1e-4
+    losses = [[line["matching_loss"] for line in run.steps] for run in (split, whole)]
+    assert np.allclose(*losses, rtol=1e-4) and max(losses[0]) > 0
+    assert "matching_head.weight" in split.weights()
+
+
+def test_ranks_whose_tokens_choose_other_experts_go_on_together(two):
+    """The loss of balance is a mean over a micro-batch, so two ranks are held to two whose parameters nobody splits."""
+    split, whole = two["experts 3"], two["experts 0"]
+    assert difference(split, whole) < 1e-4
+    told = [[line["adapter_router_loss"] for line in run.steps] for run in (split, whole)]
+    assert np.allclose(*told, rtol=1e-4) and max(told[0]) > 0
 
 
 def test_activations_are_computed_anew_under_zero_3(one, two):
