@@ -165,7 +165,7 @@ def test_two_ranks_lose_what_one_loses(one, two, zero):
 def test_two_ranks_read_off_what_one_reads_off(one, two, zero):
     pairs = zip(two[f"zero {zero}"].steps, one("zero 0").steps, strict=True)
     watched = [(mine, theirs) for mine, theirs in pairs if "grad_norms" in theirs]
-    assert len(watched) == 11 and "gates" in watched[-1][0]
+    assert len(watched) == 16 and "gates" in watched[-1][0]
     for mine, theirs in watched:
         assert mine["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-2)
         assert math.hypot(*mine["grad_norms"].values()) == pytest.approx(mine["grad_norm"], rel=1e-5)
