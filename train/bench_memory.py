@@ -21,7 +21,7 @@ from vlm.model import VLMModel
 from .build import scale_rope
 from .config import RopeScaling, Stage
 from .loop import checkpoint_activations
-from .objectives import OBJECTIVES
+from .objectives import OBJECTIVES, Plan
 
 SHORT, LONG = 4096, 16384
 WIDTH, DEPTH, VOCABULARY = 256, 4, 32_768
@@ -61,7 +61,7 @@ def peak(length: int, checkpointed: bool) -> dict:
     ids = torch.randint(3, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     before = _held(device, "VmRSS", torch.cuda.memory_allocated)
-    objective(batch, float(length))[0].backward()
+    objective(batch, Plan(length))[0].backward()
     after = _held(device, "VmHWM", torch.cuda.max_memory_allocated)
     return {"mib": (after - before) / 2**20, "device": device.type}
 

@@ -923,7 +923,8 @@ def test_rows_do_not_hold_the_set(format, tmp_path):
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert rows == count and source.count() == count
-    assert peaks[5000] < 1.2 * peaks[500] + 50_000, peaks
+    # 5 000 rows that are held would be half a megabyte and more; what else this process does meanwhile is counted too.
+    assert peaks[5000] < 1.2 * peaks[500] + 100_000, peaks
 
 
 def test_tables_keep_a_bounded_part_in_memory(tmp_path):
