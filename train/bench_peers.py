@@ -5,6 +5,7 @@ Knows open_clip and Idefics. Knows nothing of how long they take.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vlm.model import VLMModel
 from .batches import Batch
 
 
-class Peer:
+class Peer(ABC):
     """A model and an AdamW like ours."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,9 +26,9 @@ class Peer:
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
+    @abstractmethod
     def loss(self) -> Tensor:
         """Of the batch that it was given."""
-        raise NotImplementedError
 
     def step(self) -> None:
         """One step of the optimizer."""

@@ -191,13 +191,12 @@ class Engine:
             self.slots.copy(best, target, shared)
         elif target != best:
             shared = 0
-        self._hang(target, prompt, unseen)
-        row = self.rows[target]
-        row.tokens, row.pictures, row.generation = prompt.ids[:shared], prompt.picture_keys, generation
-        generation.reused = shared
+        self.rows[target].tokens = prompt.ids[:shared]
         self._swap(target, self.active)
-        for _, places in unseen.values():
-            places[:] = [(self.active if index == target else index, slot) for index, slot in places]
+        self._hang(self.active, prompt, unseen)
+        row = self.rows[self.active]
+        row.pictures, row.generation = prompt.picture_keys, generation
+        generation.reused = shared
         self.active += 1
 
     def _likest(self, prompt: Prompt) -> tuple[int, int]:
