@@ -1,7 +1,7 @@
 """VQA accuracy as the official evaluation computes it. Knows strings and human answers; nothing of models or files.
 
-Mode `official` is held to GT-Vision-Lab/VQA, `vqaEval.py` (Antol et al. 2015, https://visualqa.org/evaluation.html),
-quirks included:
+Mode `official` is held to GT-Vision-Lab/VQA, `vqaEval.py` at its last commit (Antol et al. 2015,
+https://visualqa.org/evaluation.html; earlier ones clean human answers of punctuation alone, and score otherwise), quirks included:
 
 * prediction and human answers are normalised only where the human answers differ; unanimous ones are taken as they are;
 * a punctuation mark vanishes if it touches a space anywhere in the text, or if the text holds a digit,comma,digit;
