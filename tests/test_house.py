@@ -24,7 +24,7 @@ FLOORS = {
     "storage wording": 0,
     "adapters augmentation documents fusion images linear_cross_entropy lora losses page quantization quantized_linear routing "
     "shards vision": 1,
-    "generation model processing quantization_bench saving": 2,
+    "generation inputs likelihood model processing quantization_bench saving": 2,
     "api captioning demo looking serve": 3,
     "__init__": 3,
     "cli cli_bench cli_data": 5,

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,8 @@ from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine
 from vlm.generation.request import Generation, Prompt
 from vlm.generation.text import text_of
+from vlm.inputs import as_list, check_length, filled, parts, picture_key
+from vlm.likelihood import reply_likelihoods, text_likelihoods
 from vlm.lora import load_lora, merge_lora
 from vlm.model import VLMModel
 from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, slots_of
@@ -32,7 +33,6 @@ from vlm.quantization import check_scheme, is_quantized
 from vlm.quantization import quantize as quantize_model
 from vlm.saving import decoding_defaults, read
 
-Item = TypeVar("Item")
 Messages = Sequence[dict[str, Any]]
 
 
@@ -80,7 +80,7 @@ class VLM:
 
         prompt: what to ask for; None asks as in training. options: as in `generate`.
         """
-        listed = _listed(images)
+        listed = as_list(images)
         prompt = self.processor.caption_prompt if prompt is None else prompt
         texts = self.generate([user_turn([image], prompt) for image in listed], **options)
         return texts if isinstance(images, (list, tuple)) else texts[0]
@@ -90,7 +90,7 @@ class VLM:
 
         Many questions go faster as one `generate([user_turn(images, question), …])`.
         """
-        return self.generate(user_turn(_listed(images), question), **options)
+        return self.generate(user_turn(as_list(images), question), **options)
 
     def generate(self, messages: Any, *, batch_size: int = 32, n: int = 1, **options: Any) -> Any:
         """Continue a conversation (str), or each of a list of conversations (list of str), up to `batch_size` at once.
@@ -140,7 +140,7 @@ class VLM:
     def complete(self, prompt: Any, *, batch_size: int = 32, n: int = 1, **options: Any) -> Any:
         """Continue plain text, or each of a list of texts; only what is new is returned. n, options: as in `generate`."""
         decoding = _checked(Decoding(**options), n)
-        texts = _listed(prompt)
+        texts = as_list(prompt)
         prompts = [self.text_prompt(text) for text in texts]
         added = self._replies(prompts, decoding, n, batch_size, len(prompts))
         told = added if n > 1 else [texts[0] for texts in added]
@@ -152,7 +152,7 @@ class VLM:
 
     def text_prompt(self, text: str) -> Prompt:
         """Plain text to be continued as tokens, for an engine."""
-        plain = self.processor.plain(_filled(text, "prompt"))
+        plain = self.processor.plain(filled(text, "prompt"))
         return Prompt(self.processor.tokenizer.encode(plain, add_special_tokens=True), continues=True)
 
     def engine(self, rows: int, length: int | None = None, **options: Any) -> Engine:
@@ -171,29 +171,16 @@ class VLM:
         """
         if top_k < 1:
             raise UsageError(f"top_k is {top_k}; it must be at least 1")
-        ranked = [self._fill_one(one, top_k) for one in _listed(text)]
+        ranked = [self._fill_one(one, top_k) for one in as_list(text)]
         return ranked if isinstance(text, (list, tuple)) else ranked[0]
 
-    @torch.no_grad()
     def loglikelihood(self, conversations: Sequence[Messages], *, batch_size: int = 32) -> list[tuple[float, int]]:
         """For each conversation the sum of log p (natural) of what the assistant says, turn ends included, and its tokens.
 
         Raises UsageError for a conversation without an assistant turn, and for encoder families.
         """
-        self._check_causal("loglikelihood")
-        results: list[tuple[float, int]] = []
-        for part in _parts(list(conversations), batch_size):
-            encoded = [self.processor.encode_dialogue(conversation) for conversation in part]
-            for ids, _ in encoded:
-                if not ids:
-                    raise UsageError(
-                        "a conversation has no assistant turn, so nothing to weigh; add the reply to be judged"
-                    )
-                self._check_length(len(ids))
-            results += self._weigh(encoded, [pictures_of(conversation) for conversation in part])
-        return results
+        return reply_likelihoods(self.model, self.processor, conversations, batch_size)
 
-    @torch.no_grad()
     def loglikelihood_rolling(
         self, texts: Sequence[str], *, window: int = 1024, batch_size: int = 32
     ) -> list[tuple[float, int]]:
@@ -203,22 +190,7 @@ class VLM:
         many, each predicted from the token before it, the last with as much context as fits: the windows of EleutherAI's
         lm-evaluation-harness. Raises UsageError for a window below 1, and for encoder families.
         """
-        self._check_causal("loglikelihood")
-        if window < 1:
-            raise UsageError(f"window is {window}; it must be at least 1")
-        size = min(window, (self.model.max_tokens or window + 1) - 1)
-        tokenizer = self.processor.tokenizer
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        pieces: list[tuple[int, tuple[list[int], list[bool]]]] = []
-        for place, text in enumerate(texts):
-            ids = tokenizer.encode(self.processor.plain(text), add_special_tokens=False)
-            pieces += [(place, piece) for piece in _windows([start, *ids], size)]
-        totals = [(0.0, 0)] * len(texts)
-        for part in _parts(pieces, batch_size):
-            weighed = self._weigh([piece for _, piece in part], [[] for _ in part])
-            for (place, _), (told, count) in zip(part, weighed, strict=True):
-                totals[place] = totals[place][0] + told, totals[place][1] + count
-        return totals
+        return text_likelihoods(self.model, self.processor, texts, window, batch_size)
 
     # One space for pictures and text
 
@@ -226,7 +198,7 @@ class VLM:
     def embed_image(self, images: Any, *, batch_size: int = 64) -> Tensor:
         """A picture, or a list of N -> (N, D) float32 on the CPU, each row of unit length."""
         rows = [torch.empty(0, self.model.config.embedding_dim)]
-        for part in _parts(_listed(images), batch_size):
+        for part in parts(as_list(images), batch_size):
             pixels = self.processor.pixels(part).to(self.model.device)
             rows.append(self.model.encode_image(pixels, normalize=False).float().cpu())
         return F.normalize(torch.cat(rows), dim=-1)
@@ -235,9 +207,9 @@ class VLM:
     def embed_text(self, texts: str | Sequence[str], *, batch_size: int = 64) -> Tensor:
         """A text, or a list of N -> (N, D) float32 on the CPU, each row of unit length."""
         rows = [torch.empty(0, self.model.config.embedding_dim)]
-        for part in _parts([_filled(text, "text") for text in _listed(texts)], batch_size):
+        for part in parts([filled(text, "text") for text in as_list(texts)], batch_size):
             encoded = {name: tensor.to(self.model.device) for name, tensor in self.processor.encode_text(part).items()}
-            self._check_length(encoded["input_ids"].shape[1])
+            check_length(self.model, encoded["input_ids"].shape[1])
             rows.append(self.model.encode_text(**encoded, normalize=False).float().cpu())
         return F.normalize(torch.cat(rows), dim=-1)
 
@@ -260,15 +232,15 @@ class VLM:
 
         Raises UsageError for a model that was not trained with `matching_weight`, and for lists of different lengths.
         """
-        pictures, listed = _listed(images), [_filled(text, "text") for text in _listed(texts)]
+        pictures, listed = as_list(images), [filled(text, "text") for text in as_list(texts)]
         if len(pictures) != len(listed):
             raise UsageError(
                 f"match got {len(pictures)} pictures and {len(listed)} texts; give one text for each picture"
             )
         told: list[float] = []
-        for part in _parts(list(zip(pictures, listed, strict=True)), batch_size):
+        for part in parts(list(zip(pictures, listed, strict=True)), batch_size):
             encoded = self.processor.encode_text([text for _, text in part])
-            self._check_length(encoded["input_ids"].shape[1])
+            check_length(self.model, encoded["input_ids"].shape[1])
             inputs = {name: tensor.to(self.model.device) for name, tensor in encoded.items()}
             pixels = self.processor.pixels([picture for picture, _ in part]).to(self.model.device)
             keys_values = self.model.picture_keys_values(self.model.image_states(pixels))
@@ -284,7 +256,7 @@ class VLM:
             raise UsageError("a conversation must end with a user turn that asks something; add one")
         content = messages[-1]["content"]
         texts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
-        _filled("".join(texts), "question")
+        filled("".join(texts), "question")
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
     def _asked(self, messages: Messages) -> tuple[str, Sequence[Any]]:
@@ -295,13 +267,13 @@ class VLM:
 
     def _prompts(self, asked: Iterable[tuple[str, Sequence[Any]]], batch_size: int) -> Iterator[Prompt]:
         """Prompts with `<image>` places and the pictures of each. A picture that several name is prepared once a batch."""
-        for part in _parts(asked, batch_size):
-            keyed = {_key(image): image for _, images in part for image in images}
+        for part in parts(asked, batch_size):
+            keyed = {picture_key(image): image for _, images in part for image in images}
             order = {key: index for index, key in enumerate(keyed)}
             pixels = self.processor.pixels(list(keyed.values())) if keyed else None
             for text, images in part:
                 ids = self.processor.tokenizer.encode(text, add_special_tokens=False)
-                own = None if pixels is None or not images else pixels[[order[_key(image)] for image in images]]
+                own = None if pixels is None or not images else pixels[[order[picture_key(image)] for image in images]]
                 yield Prompt(ids, own)
 
     def _replies(
@@ -318,7 +290,7 @@ class VLM:
     ) -> Iterator[tuple[int, float, str]]:
         """Replies as they end, `n` to each prompt: the prompt's number, what the reply is worth beside its like, its text."""
         if decoding.num_beams > 1:
-            searched = (texts for part in _parts(prompts, batch_size) for texts in self._search(part, decoding, n))
+            searched = (texts for part in parts(prompts, batch_size) for texts in self._search(part, decoding, n))
             for place, texts in enumerate(searched):
                 yield from ((place, -float(rank), text) for rank, text in enumerate(texts))
             return
@@ -363,7 +335,7 @@ class VLM:
     def _search(self, prompts: Sequence[Prompt], decoding: Decoding, n: int) -> list[list[str]]:
         """The `n` best of a beam search for each prompt, by Hugging Face's `generate`."""
         lengths = [len(prompt.ids) for prompt in prompts]
-        room = min(self._check_length(length, new=1) for length in lengths)
+        room = min(check_length(self.model, length, new=1) for length in lengths)
         if len(prompts) > 1 and room < decoding.max_new_tokens:
             # The longest of the rows would cut the others short.
             return [self._search([prompt], decoding, n)[0] for prompt in prompts]
@@ -387,18 +359,7 @@ class VLM:
             )
             for place, row in enumerate(tokens)
         ]
-        return list(_parts(texts, n))
-
-    def _add_pictures(self, inputs: BatchFeature, rows: Sequence[Sequence[Any]]) -> None:
-        """Add pixel_values (distinct pictures, 3, H, W) and image_slots (rows, M)."""
-        keyed = {_key(image): image for images in rows for image in images}
-        if not keyed:
-            return
-        order = {key: index for index, key in enumerate(keyed)}
-        slots = slots_of([len(images) for images in rows])
-        slots[slots >= 0] = torch.tensor([order[_key(image)] for images in rows for image in images])
-        inputs["pixel_values"] = self.processor.pixels(list(keyed.values())).to(self.model.device)
-        inputs["image_slots"] = slots.to(self.model.device)
+        return list(parts(texts, n))
 
     def _fill_one(self, text: str, top_k: int) -> list[tuple[str, float]]:
         tokenizer, masked = self.processor.tokenizer, self.model.config.reading == "masked"
@@ -408,7 +369,7 @@ class VLM:
         marked = self.processor.mask_token.join(self.processor.plain(piece) for piece in pieces)
         encoded = tokenizer([marked], return_tensors="pt")
         inputs = BatchFeature({name: encoded[name] for name in ("input_ids", "attention_mask")}).to(self.model.device)
-        self._check_length(inputs["input_ids"].shape[1])
+        check_length(self.model, inputs["input_ids"].shape[1])
         place = int((inputs["input_ids"][0] == self.processor.mask_token_id).nonzero()[0])
         if not masked and place == 0:
             raise UsageError("a decoder predicts a mask from the token before it; put a word before <mask>")
@@ -416,38 +377,6 @@ class VLM:
         probabilities, tokens = logits.float().softmax(dim=-1).topk(min(top_k, len(logits)))
         words = [tokenizer.decode([token], clean_up_tokenization_spaces=False).strip() for token in tokens.tolist()]
         return list(zip(words, probabilities.tolist(), strict=True))
-
-    def _weigh(self, encoded: list[tuple[list[int], list[bool]]], rows: list[list[Any]]) -> list[tuple[float, int]]:
-        length = max(len(ids) for ids, _ in encoded)
-        input_ids = torch.full((len(encoded), length), self.processor.tokenizer.pad_token_id)
-        targets = torch.zeros_like(input_ids, dtype=torch.bool)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, (ids, is_target) in enumerate(encoded):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            targets[row, : len(ids)] = torch.tensor(is_target)
-            attention_mask[row, : len(ids)] = 1
-        inputs = BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask}).to(self.model.device)
-        self._add_pictures(inputs, rows)
-        logits = self.model(**inputs).logits[:, :-1].float()  # (B, L - 1, V)
-        wanted = inputs["input_ids"][:, 1:]
-        told = -F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
-        told = told.cpu().double().masked_fill(~targets[:, 1:], 0.0)
-        return list(zip(told.sum(dim=1).tolist(), targets[:, 1:].sum(dim=1).tolist(), strict=True))
-
-    def _check_causal(self, what: str) -> None:
-        if self.model.config.reading == "masked":
-            family = self.model.config.text_config.model_type
-            raise UsageError(
-                f"language model family {family!r} reads both ways and has no {what}; use a decoder family"
-            )
-
-    def _check_length(self, length: int, new: int = 0) -> int:
-        """How many positions are left after `length` tokens; UsageError where `new` of them must be and are not."""
-        limit = self.model.max_tokens or length + 2**20
-        if length + new > limit:
-            more = f" and {new} to come" if new else ""
-            raise UsageError(f"the text has {length} tokens{more} and the language model takes {limit}; shorten it")
-        return limit - length
 
 
 def user_turn(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
@@ -489,35 +418,5 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _listed(items: Any) -> list[Any]:
-    return list(items) if isinstance(items, (list, tuple)) else [items]
-
-
 def _is_conversation(messages: Any) -> bool:
     return bool(messages) and isinstance(messages[0], dict)
-
-
-def _key(image: Any) -> Any:
-    """Equal for what is surely the same picture: the same path, or the same object."""
-    return str(image) if isinstance(image, (str, Path)) else id(image)
-
-
-def _filled(text: str, what: str) -> str:
-    if not text.strip():
-        raise UsageError(f"the {what} is empty; write at least one word")
-    return text
-
-
-def _windows(ids: list[int], size: int) -> Iterator[tuple[list[int], list[bool]]]:
-    """Every token but the first predicted once, `size` at a time: the ids of each piece, and which are predicted."""
-    for done in range(1, len(ids), size):
-        end = min(done + size, len(ids))
-        start = max(0, end - size - 1)
-        yield ids[start:end], [place >= done for place in range(start, end)]
-
-
-def _parts(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    if size < 1:
-        raise UsageError(f"batch_size is {size}; it must be at least 1")
-    left = iter(items)
-    return iter(lambda: list(islice(left, size)), [])
