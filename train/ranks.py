@@ -8,13 +8,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import groups
 from torch import distributed as dist
 
@@ -49,16 +48,13 @@ def _meet() -> None:
         return
     # On CPUs DeepSpeed would compile an op for inference at its start, which takes a C++ compiler; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    alone = "RANK" not in os.environ
+    if "RANK" not in os.environ:
+        # Alone: DeepSpeed takes over a group that is there, and asks for no address then.
+        os.environ.setdefault("LOCAL_RANK", "0")
+        backend = get_accelerator().communication_backend_name()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        if alone:
-            os.environ.setdefault("LOCAL_RANK", "0")
-            meeting = Path(tempfile.mkdtemp(prefix="vlm-")) / "meeting"
-            deepspeed.init_distributed(
-                auto_mpi_discovery=False, init_method=f"file://{meeting}", rank=0, world_size=1, verbose=False
-            )
-        else:
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     except RuntimeError as error:
         if "address already in use" not in str(error).lower():
             raise
