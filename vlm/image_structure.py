@@ -11,9 +11,10 @@ import zlib
 import numpy as np
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_CHUNK, _NUMBER = struct.Struct(">I4s").unpack_from, struct.Struct(">I").unpack_from
 _FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
-_SCAN, _END = 0xDA, 0xD9
-_TABLES = (0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))  # what may stand between two scans
+_SCAN, _END, _RESTARTS = 0xDA, 0xD9, 0xDD
+_SEGMENTS = frozenset((*_FRAMES, 0xC4, 0xDA, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)))  # what may stand between two scans
 
 
 def whole_size(data: bytes) -> tuple[int, int] | None:
@@ -24,7 +25,7 @@ def whole_size(data: bytes) -> tuple[int, int] | None:
             size = _png_size(data)
         elif data.startswith(b"\xff\xd8\xff"):
             size = _jpeg_size(data)
-    except (struct.error, IndexError):
+    except (struct.error, IndexError, ValueError):
         pass
     return size if size and all(size) else None
 
@@ -34,12 +35,12 @@ def _png_size(data: bytes) -> tuple[int, int] | None:
     place, kind, has_pixels = len(_PNG), b"", False
     view = memoryview(data)
     while place < len(data):
-        (length,), kind = struct.unpack_from(">I", data, place), data[place + 4 : place + 8]
-        (checksum,) = struct.unpack_from(">I", data, place + 8 + length)
-        if zlib.crc32(view[place + 4 : place + 8 + length]) != checksum or (kind == b"IHDR") != (place == len(_PNG)):
+        length, kind = _CHUNK(data, place)
+        end = place + 8 + length
+        if _NUMBER(data, end) != (zlib.crc32(view[place + 4 : end]),) or (kind == b"IHDR") != (place == len(_PNG)):
             return None
         has_pixels |= kind == b"IDAT"
-        place += 12 + length
+        place = end + 4
         if kind == b"IEND":
             break
     width, height, depth, colour, *_ = struct.unpack_from(">IIBB", data, 16)
@@ -49,31 +50,36 @@ def _png_size(data: bytes) -> tuple[int, int] | None:
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Segment follows segment up to the end marker, which ends the file; no marker in a scan's data that ought not to be."""
-    size, scans, place = None, 0, 2
-    markers = _markers(data)
+    size, scans, place, restarts, markers = None, 0, 2, False, None
     while True:
         if data[place] != 0xFF:
             return None
         marker = data[place + 1]
         if marker == _END:
             return size if scans and place + 2 == len(data) else None
-        if marker not in _FRAMES and marker not in _TABLES:
+        if marker not in _SEGMENTS:
             return None
-        (length,) = struct.unpack_from(">H", data, place + 2)
+        length = data[place + 2] << 8 | data[place + 3]
         if marker in _FRAMES:
             if size is not None or data[place + 4] != 8:
                 return None
             height, width = struct.unpack_from(">HH", data, place + 5)
             size = (width, height)
+        restarts |= marker == _RESTARTS
         place += 2 + length
         if marker == _SCAN:
             scans += 1
-            place = int(markers[np.searchsorted(markers, place)])
+            if markers is None:
+                markers = _markers(data, restarts)
+            place += int(markers[place:].argmax())  # by 0 where there is none, to what is no marker
 
 
-def _markers(data: bytes) -> np.ndarray:
+def _markers(data: bytes, restarts: bool) -> np.ndarray:
     """Where a marker stands that ends the data of a scan: a byte 0xFF, but before 0x00 or the number of a restart."""
     values = np.frombuffer(data, np.uint8)
-    places = np.flatnonzero(values[:-1] == 0xFF)
-    following = values[places + 1]
-    return places[(following != 0) & ((following < 0xD0) | (following > 0xD7))]
+    following = values[1:]
+    found = values[:-1] == 0xFF
+    found &= following != 0
+    if restarts:
+        found &= (following & 0xF8) != 0xD0
+    return found

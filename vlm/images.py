@@ -30,7 +30,7 @@ _READERS: dict[bytes, type[ImageFile.ImageFile]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"RIFF": WebPImageFile,
 }
-_EXTENSIONS = dict(zip(_READERS, ("jpg", "png", "webp"), strict=True))
+_EXTENSIONS = {magic[:2]: name for magic, name in zip(_READERS, ("jpg", "png", "webp"), strict=True)}
 
 
 def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
@@ -60,7 +60,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS, name: str |
 
 def extension_of(data: bytes) -> str:
     """`jpg`, `png` or `webp` by the first bytes of an encoded picture that `open_image` or `check_image` took."""
-    return next(name for magic, name in _EXTENSIONS.items() if data.startswith(magic))
+    return _EXTENSIONS[data[:2]]
 
 
 def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS, name: str = "the image") -> None:
