@@ -23,13 +23,17 @@ from typing import IO, Any
 import numpy as np
 
 from vlm.errors import RunError, UsageError
-from vlm.files import atomic_folder
+from vlm.files import atomic_folder, start_storing, write_blocks
 from vlm.samples import Sample, is_image_part, parse_sample
 from vlm.storage import Folder, fetched, is_address, join, verify
 
 INDEX = "index.json"
 SHARD_NAME = "{:05d}.tar"
 BLOCK = tarfile.BLOCKSIZE  # bytes
+AT_ONCE = 1 << 20  # bytes that one call writes: the fewer calls, the less each costs
+STORED_AT_ONCE = 1 << 23  # bytes that the disk is told to begin with
+_ZEROS = bytes(BLOCK)
+COPIED = 1 << 14  # bytes up to which a block is copied beside its neighbours
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _OCTAL = re.compile(rb"[0-7]+")
 _TIMES = re.compile(rb"(?:\d+ [acm]time=[\d.]+\n)+")  # of an extended header that says no more
@@ -363,28 +367,34 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 class ShardFileWriter:
     """Writes samples into one tar and counts and hashes them on the way. A tar that was not closed is not whole.
 
-    Bytes depend on nothing but what is written: no time, owner or machine is in a header.
+    Bytes depend on nothing but what is written: no time, owner or machine is in a header. `file` is open, has nothing in
+    its buffer and is written to by nobody else; samples are held back until there are AT_ONCE bytes of them.
     """
 
     def __init__(self, file: IO[bytes], name: str) -> None:
         self.name, self.samples, self.bytes = name, 0, 0
         self._file, self._digest = file, hashlib.sha256()
         self._keys: set[str] = set()
+        self._waiting: list[bytes] = []
+        self._small: list[bytes] = []  # after those
+        self._written = self._stored = 0
 
     def write(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Add one sample. Raises UsageError for a key that is empty, has dots, or was written before."""
-        base = key.rpartition("/")[2]
-        if not base or "." in key:
+        if "." in key or not key or key.endswith("/"):
             raise UsageError(f"key {key!r} is empty or has dots, which merges samples; replace them")
         if key in self._keys:
             raise UsageError(f"key {key!r} comes twice; give every sample its own")
         if not parts:
             raise UsageError(f"key {key!r} has no parts; give an image, .txt or .json part")
         self._keys.add(key)
-        blocks: list[bytes] = []
         for extension, data in parts.items():
-            blocks += [_header(f"{key}.{extension}", len(data)), data, bytes(-len(data) % BLOCK)]
-        self._add(*blocks)
+            size = len(data)
+            self._add(tar_header(f"{key}.{extension}", size))
+            self._add(data)
+            self._add(_ZEROS[: -size % BLOCK])
+        if self.bytes - self._written >= AT_ONCE:
+            self._flush()
         self.samples += 1
 
     def size_with(self, parts: Mapping[str, bytes]) -> int:
@@ -394,7 +404,10 @@ class ShardFileWriter:
 
     def close(self) -> dict[str, Any]:
         """End the tar and return its line of the index: `file`, `samples`, `bytes`, `sha256`."""
-        self._add(bytes(2 * BLOCK), bytes(-(self.bytes + 2 * BLOCK) % tarfile.RECORDSIZE))
+        self._add(_ZEROS)
+        self._add(_ZEROS)
+        self._add(bytes(-self.bytes % tarfile.RECORDSIZE))
+        self._flush()
         return {
             "file": self.name,
             "samples": self.samples,
@@ -402,14 +415,28 @@ class ShardFileWriter:
             "sha256": self._digest.hexdigest(),
         }
 
-    def _add(self, *blocks: bytes) -> None:
-        data = b"".join(blocks)
-        self._file.write(data)
-        self._digest.update(data)
-        self.bytes += len(data)
+    def _add(self, block: bytes) -> None:
+        """A large block waits as it is, small ones to be copied together."""
+        self.bytes += len(block)
+        if len(block) > COPIED:
+            self._waiting += [b"".join(self._small), block]
+            self._small = []
+        else:
+            self._small.append(block)
+
+    def _flush(self) -> None:
+        """Hash and write what waits."""
+        blocks = [*self._waiting, b"".join(self._small)]
+        for block in blocks:
+            self._digest.update(block)
+        write_blocks(self._file, blocks)
+        self._waiting, self._small, self._written = [], [], self.bytes
+        if self._written - self._stored >= STORED_AT_ONCE:
+            start_storing(self._file, self._stored, self._written)
+            self._stored = self._written
 
 
-def _header(name: str, size: int) -> bytes:
+def tar_header(name: str, size: int) -> bytes:
     """The tar header of a regular file: tarfile's, whose fixed fields are taken from a template where they suffice."""
     encoded = name.encode("utf-8", "surrogateescape")
     if len(encoded) > 100 or not name.isascii() or size >= 8**11:
@@ -417,23 +444,18 @@ def _header(name: str, size: int) -> bytes:
         member.size = size
         return member.tobuf(tarfile.PAX_FORMAT)
     digits = b"%011o" % size
-    checksum = _TEMPLATE_SUM + sum(encoded) + sum(digits)
-    return b"".join(
-        (
-            encoded.ljust(100, b"\0"),
-            _TEMPLATE[100:124],
-            digits,
-            b"\0",
-            _TEMPLATE[136:148],
-            b"%06o\0 " % checksum,
-            _TEMPLATE[156:],
-        )
-    )
+    return _TEMPLATE % (encoded.ljust(100, b"\0"), digits, _TEMPLATE_SUM + sum(encoded) + sum(digits))
 
 
-_TEMPLATE = tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT)
-# Of all bytes but the size's digits; those of the checksum itself count as spaces.
-_TEMPLATE_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:135]) - sum(_TEMPLATE[148:156]) + 8 * ord(" ")
+def _template() -> tuple[bytes, int]:
+    """A header with places for name, size and checksum, and the sum of all its bytes but the first two of these."""
+    plain = tarfile.TarInfo("").tobuf(tarfile.PAX_FORMAT)
+    before, between, after = plain[100:124], plain[135:148], plain[156:]
+    # The checksum's own bytes count as spaces.
+    return b"%b" + before + b"%b" + between + b"%06o\0 " + after, sum(before + between + b" " * 8 + after)
+
+
+_TEMPLATE, _TEMPLATE_SUM = _template()
 
 
 def write_index(folder: str | Path, shards: Sequence[Mapping[str, Any]]) -> None:

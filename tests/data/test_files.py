@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm.files import atomic_folder, atomic_write
+from vlm.files import atomic_folder, atomic_write, start_storing, write_blocks
 
 
 @pytest.fixture
@@ -92,3 +92,28 @@ def test_whoever_may_read_new_files_may_read_these(tmp_path: Path) -> None:
     modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
     files = ("file", "folder/model.safetensors", "folder/deep/model.safetensors")
     assert modes == {"folder": 0o750, "folder/deep": 0o750} | dict.fromkeys(files, 0o640)
+
+
+@pytest.mark.parametrize("most", [1, 3, 10_000])
+def test_blocks_are_written_whole_however_little_a_call_takes(tmp_path: Path, monkeypatch, most: int) -> None:
+    def short(handle: int, blocks: list[bytes]) -> int:
+        assert len(blocks) <= 1024
+        return os.write(handle, b"".join(blocks)[:most])
+
+    blocks = [b"", b"abc", b"d", b"", b"efghi"] * 300
+    with open(tmp_path / "a", "wb") as file:
+        write_blocks(file, blocks)
+        monkeypatch.setattr("vlm.files.os.writev", short)
+        write_blocks(file, blocks)
+    assert (tmp_path / "a").read_bytes() == b"".join(blocks) * 2
+
+
+def test_a_disk_can_be_told_to_begin(tmp_path: Path, monkeypatch) -> None:
+    """Advice changes no byte, and no system need have it."""
+    with open(tmp_path / "a", "wb") as file:
+        file.write(b"abc")
+        file.flush()
+        start_storing(file, 0, 3)
+        monkeypatch.setattr("vlm.files._C", None)
+        start_storing(file, 0, 3)
+    assert (tmp_path / "a").read_bytes() == b"abc"

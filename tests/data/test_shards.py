@@ -6,6 +6,7 @@ import errno
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
 import tarfile
@@ -16,7 +17,7 @@ import webdataset
 
 from vlm.errors import RunError, UsageError
 from vlm.files import room_for
-from vlm.shards import Shards, ShardWriter, new_folder, scan
+from vlm.shards import AT_ONCE, COPIED, ShardFileWriter, Shards, ShardWriter, new_folder, scan, tar_header
 
 PARTS = {"json": b'{"caption": "c"}'}
 
@@ -225,3 +226,52 @@ def test_a_shard_that_shrinks_while_open_is_a_failed_run(tmp_path: Path) -> None
     (tmp_path / "s" / "00000.tar").unlink()
     with pytest.raises(RunError, match="No such file"):
         shards[0]
+
+
+@pytest.mark.parametrize("name", ["00001.jpg", "a/b.0.png", "x" * 96 + ".jpg", "x" * 97 + ".jpg", "ü.json", "%d.txt"])
+@pytest.mark.parametrize("size", [0, 7, 8, 51_205, 8**11 - 1, 8**11])
+def test_a_header_is_the_one_that_tarfile_makes(name: str, size: int) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = size
+    assert tar_header(name, size) == member.tobuf(tarfile.PAX_FORMAT)
+
+
+def test_large_and_small_files_side_by_side_are_those_of_tarfile(tmp_path: Path) -> None:
+    """Blocks that are copied together and blocks that are not, of a shard that is written in several goes."""
+    rng = random.Random(0)
+    sizes = [0, 1, 511, 512, 513, COPIED - 1, COPIED, COPIED + 1, AT_ONCE - 1, AT_ONCE, AT_ONCE + 1, 9 * AT_ONCE]
+    samples = {
+        f"{number:05d}": {"jpg": rng.randbytes(rng.choice(sizes)), "json": rng.randbytes(rng.randrange(99))}
+        for number in range(60)
+    }
+    out = write(tmp_path / "s", samples)
+    with tarfile.open(tmp_path / "theirs.tar", "w") as archive:
+        for key, parts in samples.items():
+            for extension, data in parts.items():
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    ours = (out / "00000.tar").read_bytes()
+    assert ours == (tmp_path / "theirs.tar").read_bytes()
+    (listed,) = json.loads((out / "index.json").read_text())["shards"]
+    assert (listed["bytes"], listed["sha256"]) == (len(ours), hashlib.sha256(ours).hexdigest())
+
+
+def test_samples_are_not_held_back_without_end(tmp_path: Path) -> None:
+    with open(tmp_path / "a.tar", "wb") as file:
+        writer = ShardFileWriter(file, "a.tar")
+        for number in range(100):
+            writer.write(str(number), {"jpg": bytes(100_000)})
+            assert writer.bytes - os.fstat(file.fileno()).st_size < AT_ONCE
+    assert writer.bytes > 9 * AT_ONCE
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_writer() -> None:
+    with open("/dev/full", "wb") as file:
+        writer = ShardFileWriter(file, "a.tar")
+        with pytest.raises(OSError, match="No space left"):
+            writer.write("a", {"jpg": bytes(AT_ONCE)})
+        writer = ShardFileWriter(file, "a.tar")
+        writer.write("a", PARTS)
+        with pytest.raises(OSError, match="No space left"):
+            writer.close()
