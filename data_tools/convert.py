@@ -26,6 +26,7 @@ from .job import STATE, Engine, PieceWriter, job
 from .sources import Record, Skipped, Source, open_source
 
 SKIPPED = "skipped.jsonl"
+_JSON = json.JSONEncoder(ensure_ascii=False)
 PATIENCE = 1000  # samples in a row, from the first, of which none can be used: it is the source and not the sample
 
 
@@ -150,13 +151,14 @@ def _parts(record: Record) -> dict[str, bytes]:
         make_sample(record.key, record.fields, tuple(parts.values()))
     except SampleError as error:
         raise UsageError(f"{record.place}: {error}") from None
-    return parts | {"json": json.dumps(record.fields, ensure_ascii=False).encode("utf-8", "surrogatepass")}
+    parts["json"] = _JSON.encode(record.fields).encode("utf-8", "surrogatepass")
+    return parts
 
 
-def _image_bytes(place: str, image: Path | bytes) -> bytes:
+def _image_bytes(place: str, image: str | bytes) -> bytes:
     name = "its image" if isinstance(image, bytes) else f"image {image}"
     try:
-        data = image if isinstance(image, bytes) else image.read_bytes()
+        data = image if isinstance(image, bytes) else _read(image)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{place}: {name}: {reason}; check the path or give --images") from None
@@ -165,6 +167,12 @@ def _image_bytes(place: str, image: Path | bytes) -> bytes:
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from None
     return data
+
+
+def _read(path: str) -> bytes:
+    """A file's bytes: `read_bytes` makes a buffer first, which for a file of 50 kB takes a third of the time."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
 
 
 def _gather_skipped(folder: Folder, pieces: Folder) -> None:

@@ -18,7 +18,9 @@ from vlm.errors import UsageError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 ROLES = ("system", "user", "assistant")
 _IMAGE_PART = re.compile(rf"(?:(\d+)\.)?({'|'.join(IMAGE_EXTENSIONS)})")
-_FIELDS = ("caption", "captions", "question", "answer", "answers", "type", "question_id", "qa", "messages", "text")
+_FIELDS = frozenset(
+    ("caption", "captions", "question", "answer", "answers", "type", "question_id", "qa", "messages", "text")
+)
 
 
 class SampleError(UsageError):

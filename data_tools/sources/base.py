@@ -5,11 +5,12 @@ Knows records, options, and how fields and files name their images. Knows nothin
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from vlm.errors import UsageError
 from vlm.storage import is_address
@@ -19,8 +20,7 @@ FLAGS = {"columns": "--column", "annotations": "--annotations", "template": "--t
 _TEXTS = ("caption", "captions", "question", "qa", "messages", "text")
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One sample of a source: where it stands there, its fields as `interface.md` names them, its images.
 
     An image is a path, or the bytes of an encoded file.
@@ -29,7 +29,7 @@ class Record:
     place: str
     key: str
     fields: dict[str, Any]
-    images: tuple[Path | bytes, ...] = ()
+    images: tuple[str | bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Source(ABC):
         self.images = images if images is not None else self.image_folder()
         if not self.images.is_dir():
             raise UsageError(f"{self.images}: no such folder; give the one that image paths start from")
+        self._place, self._folder = str(src), os.path.join(self.images, "").removeprefix("./")
 
     def image_folder(self) -> Path:
         """Where images lie unless it is told: beside a file, in a folder."""
@@ -67,6 +68,10 @@ class Source(ABC):
         What can be told to be of no use without work on it is among them as Skipped.
         scratch: a folder for what does not fit into memory; it is removed when the conversion is done.
         """
+
+    def image(self, path: str) -> str:
+        """Where an image lies that is given by a path: a string, since making a Path takes as long as opening a file."""
+        return path if path.startswith("/") else self._folder + path
 
     @abstractmethod
     def count(self) -> int | None:
@@ -123,9 +128,9 @@ def image_paths(place: str, fields: Mapping[str, Any]) -> list[str]:
     paths = [fields["image"]] if fields.get("image") is not None else fields.get("images") or []
     if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
         raise UsageError(f'{place}: image paths are not strings; write "image": "a.png" or "images": ["a.png", …]')
-    far = next(filter(is_address, paths), None)
-    if far is not None:
-        raise UsageError(f"{place}: image {far}: an address; download them with img2dataset first")
+    for path in paths:
+        if is_address(path):
+            raise UsageError(f"{place}: image {path}: an address; download them with img2dataset first")
     return paths
 
 

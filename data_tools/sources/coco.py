@@ -57,9 +57,7 @@ class CocoCaptions(Source):
         number, id, file, captions = row[0], json.loads(row[1]), json.loads(row[2]), list(map(json.loads, row[3]))
         place = f"{self.src} image {id}"
         fields = {"image": file, "image_id": id, "caption": captions[0], "captions": captions}
-        return [
-            Record(place, f"{number:08d}", fields, tuple(self.images / path for path in image_paths(place, fields)))
-        ]
+        return [Record(place, f"{number:08d}", fields, tuple(map(self.image, image_paths(place, fields))))]
 
     def _load_images(self, tables: Tables) -> None:
         count = 0

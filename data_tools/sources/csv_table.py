@@ -75,7 +75,7 @@ class CsvTable(Source):
         if not paths and not fields.get("text") and not fields.get("messages"):
             raise UsageError(f"{place}: no image; give its path under {self._column('image')!r}")
         need_text(place, fields)
-        return [Record(place, f"{number:08d}", fields, tuple(self.images / path for path in paths))]
+        return [Record(place, f"{number:08d}", fields, tuple(map(self.image, paths)))]
 
     def _reader(self, file: Any) -> Any:
         text = TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")

@@ -61,10 +61,10 @@ class ClassFolders(Source):
     def records(self, row: tuple[int, bytes, bytes]) -> Iterable[Record]:
         """The one sample of a picture."""
         number, kind, name = row[0], os.fsdecode(row[1]), os.fsdecode(row[2])
-        path = self.src / kind / name
+        path = f"{self._place}/{kind}/{name}"
         label = kind.replace("_", " ")
         fields = {"image": f"{kind}/{name}", "caption": self.template.replace("{}", label), "label": label}
-        return [Record(f"{path}", f"{number:08d}", fields, (path,))]
+        return [Record(path, f"{number:08d}", fields, (path,))]
 
     def _list(self, tables: Tables) -> int:
         """Every picture into the table; how much else there is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -10,6 +11,8 @@ from typing import IO
 from vlm.errors import UsageError
 
 from .base import Record, Source, image_paths, need_file
+
+_JSON = json.JSONDecoder()
 
 
 class JsonLines(Source):
@@ -40,12 +43,11 @@ class JsonLines(Source):
     def records(self, row: tuple[int, bytes]) -> Iterable[Record]:
         """The one sample of a line; its key is the line's number."""
         number, line = row
-        place = f"{self.src} line {number}"
+        place = f"{self._place} line {number}"
         try:
-            fields = json.loads(line.decode("utf-8-sig"))
+            fields = _JSON.decode(line.removeprefix(BOM_UTF8).decode())
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{place}: not JSON ({error}); write one object a line, in UTF-8") from None
         if not isinstance(fields, dict):
             raise UsageError(f"{place}: a {type(fields).__name__}; write one object a line")
-        paths = tuple(self.images / path for path in image_paths(place, fields))
-        return [Record(place, f"{number:08d}", fields, paths)]
+        return [Record(place, f"{number:08d}", fields, tuple(map(self.image, image_paths(place, fields))))]

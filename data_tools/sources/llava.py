@@ -66,7 +66,7 @@ class LlavaConversations(Source):
         paths = image_paths(place, fields)
         fields["messages"] = [_message(place, turn) for turn in fields.pop("conversations")]
         _check(place, fields, len(paths))
-        return [Record(place, f"{number:08d}", fields, tuple(self.images / path for path in paths))]
+        return [Record(place, f"{number:08d}", fields, tuple(map(self.image, paths)))]
 
 
 def _message(place: str, turn: Any) -> dict[str, Any]:

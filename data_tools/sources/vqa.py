@@ -93,7 +93,7 @@ class VqaQuestions(Source):
                 qa.append(entry)
         if qa:
             fields = {"image": picture, "image_id": image, "qa": qa}
-            yield Record(place, f"{number:08d}", fields, (self.images / picture,))
+            yield Record(place, f"{number:08d}", fields, (self.image(picture),))
 
     def _load(self, tables: Tables, path: Path, kind: str) -> None:
         """Each of the list `kind` of a file into its table."""

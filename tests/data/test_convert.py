@@ -279,11 +279,11 @@ def test_what_is_asked_for_is_checked_first(source, tmp_path: Path) -> None:
 
 
 def test_what_can_not_be_read_is_named(source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(*_: object) -> None:
+    def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     rows = source({"image": "0.png", "text": "t"})
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr("vlm.data_tools.convert.open", denied, raising=False)
     with pytest.raises(UsageError, match="line 1: image .*0.png: Permission denied; check the path"):
         convert(rows, tmp_path / "out")
     monkeypatch.setattr("vlm.data_tools.sources.jsonl.open", denied, raising=False)
