@@ -5,7 +5,6 @@ Knows what to measure and against what. Knows nothing of how it is done: it call
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -23,14 +22,13 @@ from PIL import Image
 from vlm.benchmark import Row, interleaved, seconds
 from vlm.errors import RunError, UsageError
 from vlm.images import open_image
-from vlm.machine import usable_cores
 from vlm.shards import Shards, ShardWriter
 
+from .bench_convert import bench_convert
 from .bench_dedup import bench_dedup
 from .clean import DROPPED, clean
 from .clean_rules import load_rules
 from .convert import convert
-from .engines import LocalEngine
 
 SIDE, RESIZED = 384, 224  # pixels
 PICTURES = 500  # that differ; more samples show them again
@@ -51,7 +49,7 @@ def bench_data(
     with known duplicates. "swapped": pairs of the shards `data`, one caption in ten another's, judged by `model`.
     Raises UsageError for another name, and for what "swapped" lacks.
     """
-    timed = {"copy": _bench_convert, "pil": _bench_pil, "webdataset": _bench_webdataset}
+    timed = {"copy": _bench_copy, "pil": _bench_pil, "webdataset": _bench_webdataset}
     if against == "memory":
         return bench_memory()
     if against == "dedup":
@@ -84,47 +82,9 @@ def _make_pairs(folder: Path, samples: int) -> Path:
     return folder / "pairs.jsonl"
 
 
-# Converting
-
-
-def _bench_convert(folder: Path, rounds: int) -> list[Row]:
-    """Against processes that read every picture and write its bytes to disk, and against those that hash them too.
-
-    Conversion owes its index the sha256, so the second is the most that it can reach where the disk is no limit.
-    """
-    source, pictures = folder / "pairs.jsonl", folder / "pictures"
-    samples = sum(1 for _ in open(source))
-    made = (folder / f"made{number}" for number in range(10**6))
-    ours = partial(_rate, samples, lambda: convert(source, next(made), images=pictures))
-    held = f"{samples} JPEGs of {_mean_kb(pictures):.0f} kB, {usable_cores()} processes; peer: read"
-    rows = []
-    for hashed in (False, True):
-        peer = partial(_rate, samples, partial(_copy_all, source, pictures, made, hashed))
-        conditions = f"{held}, hash and rewrite the bytes" if hashed else f"{held} and rewrite the bytes"
-        target = "" if hashed else "ratio ≥ 0.9"
-        rows.append(Row("convert jsonl", *interleaved(ours, peer, rounds), "samples/s", conditions, target))
-    return rows
-
-
-def _copy_all(source: Path, pictures: Path, made: Iterator[Path], hashed: bool) -> None:
-    out = next(made)
-    out.mkdir()
-    names = [json.loads(line)["image"] for line in open(source)]
-    pieces = [names[start : start + 1000] for start in range(0, len(names), 1000)]
-    list(LocalEngine().map(partial(_copy, pictures, out, hashed), enumerate(pieces)))
-
-
-def _copy(pictures: Path, out: Path, hashed: bool, numbered: tuple[int, list[str]]) -> None:
-    number, names = numbered
-    digest = hashlib.sha256()
-    with open(out / str(number), "wb") as file:
-        for name in names:
-            data = (pictures / name).read_bytes()
-            file.write(data)
-            if hashed:
-                digest.update(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _bench_copy(folder: Path, rounds: int) -> list[Row]:
+    """Against processes that read every picture and write its bytes to disk."""
+    return bench_convert(folder / "pairs.jsonl", folder / "pictures", rounds)
 
 
 # Reading
@@ -169,11 +129,6 @@ def _resized(picture: Image.Image) -> np.ndarray:
 
 def _rate(samples: int, work: Callable[[], object]) -> float:
     return samples / seconds(work)
-
-
-def _mean_kb(folder: Path) -> float:
-    sizes = [path.stat().st_size for path in folder.iterdir()]
-    return sum(sizes) / len(sizes) / 1000
 
 
 # Memory
