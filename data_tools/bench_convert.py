@@ -53,7 +53,7 @@ def _compare(pairs: Path, pictures: Path, rounds: int) -> list[Row]:
     """
     names = [json.loads(line)["image"] for line in open(pairs)]
     made = (pairs.parent / f"made{number}" for number in count())
-    programs = [
+    programs: list[Callable[[Path], object]] = [
         lambda out: convert(pairs, out, images=pictures),
         partial(_copy_all, pictures, names, False),
         partial(_copy_all, pictures, names, True),
@@ -120,4 +120,5 @@ def _copy(pictures: str, out: Path, hashed: bool, numbered: tuple[int, list[str]
 def _kind(folder: Path) -> str:
     paths = list(folder.iterdir())
     kilobytes = sum(path.stat().st_size for path in paths) / len(paths) / 1000
-    return f"{paths[0].suffix[1:].upper()}s of {kilobytes:.0f} kB"
+    kind = {".jpg": "JPEG", ".png": "PNG"}[paths[0].suffix]
+    return f"{kind}s of {kilobytes:.0f} kB"
