@@ -62,17 +62,17 @@ def _compare(pairs: Path, pictures: Path, rounds: int) -> list[Row]:
     (ours, core), (copied, copied_core), (hashed, _) = (
         [median(one) for one in zip(*runs, strict=True)] for runs in zip(*turns, strict=True)
     )
-    rate = len(names)
-    held = f"{len(names)} {_kind(pictures)}, {usable_cores()} processes"
+    samples = len(names)
+    held = f"{samples} {_kind(pictures)}, {usable_cores()} processes"
     copying, hashing = "peer: read the files and write their bytes", "peer: read, hash and write the bytes"
     return [
-        Row("convert jsonl", rate / ours, rate / copied, "samples/s", f"{held}; {copying}", "ratio ≥ 0.9"),
-        Row("convert jsonl", rate / ours, rate / hashed, "samples/s", f"{held}; {hashing}"),
-        Row("read, hash and write", rate / hashed, rate / copied, "samples/s", f"{held}; {copying}", "the limit"),
+        Row("convert jsonl", samples / ours, samples / copied, "samples/s", f"{held}; {copying}", "ratio ≥ 0.9"),
+        Row("convert jsonl", samples / ours, samples / hashed, "samples/s", f"{held}; {hashing}"),
+        Row("read, hash and write", samples / hashed, samples / copied, "samples/s", f"{held}; {copying}", "the limit"),
         Row(
             "convert jsonl, of a core",
-            1e6 * core / rate,
-            1e6 * copied_core / rate,
+            1e6 * core / samples,
+            1e6 * copied_core / samples,
             "µs/sample",
             f"{held}; {copying}",
             less_is_better=True,
