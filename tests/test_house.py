@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("train", "eval", "data_tools")
-PACKAGES = ("generation", "serve")  # parts of `vlm/` that are more than a file
+PACKAGES = ("generation", "serve", "shards")  # parts of `vlm/` that are more than a file
 # What each module of `vlm/` stands on: an import may go down or stay on its floor, never up.
 FLOORS = {
     "benchmark charts configuration errors files image_structure machine processes samples settings settings_faults "
