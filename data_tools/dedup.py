@@ -22,119 +22,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from vlm.errors import UsageError
 from vlm.files import atomic_write
 
-from .dedup_image import MOST_DISTANCE, NO_HASH, distances, image_keys
+from .dedup_image import distances, image_keys
+from .dedup_marks import Marks, Rows, Rules, identities, opened, signed_samples
+from .dedup_shuffle import gather, save, scatter
 from .dedup_text import PAIR_BITS, band_count, jaccards, mix, rare_keys, shingle, text_bands
 
-MODES = ("text", "image", "pair")
 CHUNK = 1 << 15  # samples of consecutive pieces that are worked on together
 PARTITION = 1 << 19  # keys, of 16 bytes, that are sorted together
 VALUES = 1 << 20  # n-grams, of 8 bytes, that are compared together
 CROWD = 32  # samples under one key of which every pair is a candidate
 REACH = 2  # in a larger crowd, how many before it and how many of the first a sample is paired with
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What is near. `by` "text": texts whose n-grams have a Jaccard similarity of `jaccard` or more. `by` "image": as many
-    pictures, each within `distance` bits of the other's hash. `by` "pair": both; where neither has pictures, the texts.
-
-    A text without words is near to none, nor is a sample without pictures (but in "pair") or with one that is near-uniform.
-    """
-
-    by: Literal["text", "image", "pair"] = "pair"
-    jaccard: float = 0.8
-    distance: int = 4
-
-    def __post_init__(self) -> None:
-        if self.by not in MODES:
-            raise UsageError(f"duplicates by {self.by!r}: not known; use one of {', '.join(MODES)}")
-        if not 0.5 <= self.jaccard <= 1:
-            raise UsageError(f"duplicates at a Jaccard similarity of {self.jaccard}: not in 0.5 to 1; 0.8 is usual")
-        if not 0 <= self.distance <= MOST_DISTANCE:
-            raise UsageError(f"duplicates within {self.distance} bits: not in 0 to {MOST_DISTANCE}; 4 is usual")
-
-    @property
-    def code(self) -> np.ndarray:
-        return np.array([MODES.index(self.by), self.jaccard, self.distance])
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of different lengths: row i is `values[starts[i] : starts[i + 1]]`, uint64; `starts` (rows + 1,) int64."""
-
-    starts: np.ndarray
-    values: np.ndarray
-
-    @staticmethod
-    def of(rows: Iterable[Sequence[int]]) -> Rows:
-        rows = list(rows)
-        starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        return Rows(starts, np.array([value for row in rows for value in row], np.uint64))
-
-    @staticmethod
-    def join(parts: Sequence[Rows]) -> Rows:
-        lengths = np.concatenate([part.lengths for part in parts])
-        return Rows(np.concatenate([[0], np.cumsum(lengths)]), np.concatenate([part.values for part in parts]))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.starts)
-
-    def take(self, rows: np.ndarray) -> Rows:
-        begin = self.starts[rows]
-        lengths = self.starts[rows + 1] - begin
-        starts = np.concatenate([[0], np.cumsum(lengths)])
-        place = np.repeat(begin - starts[:-1], lengths) + np.arange(starts[-1])
-        return Rows(starts, self.values[place])
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Of every row, the sum of its `values`, 0 where it is empty."""
-        total = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
-        return total[self.starts[1:]] - total[self.starts[:-1]]
-
-
-@dataclass(frozen=True)
-class Marks:
-    """All that is kept of a piece's samples to compare them: `len` samples, `bands` (banded,) of those with a text to band."""
-
-    code: np.ndarray
-    shingles: Rows
-    pictures: Rows
-    banded: np.ndarray
-    bands: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.shingles.starts) - 1
-
-    def save(self, folder: str | Path, piece: str) -> None:
-        """Write them as the marks of `piece`, a name that may be a file's, whole or not at all."""
-        with atomic_write(_marks(folder, piece)) as file:
-            np.savez(
-                file,
-                samples=len(self),
-                code=self.code,
-                shingle_starts=self.shingles.starts,
-                shingles=self.shingles.values,
-                picture_starts=self.pictures.starts,
-                pictures=self.pictures.values,
-                banded=self.banded,
-                bands=self.bands,
-            )
-
-    @staticmethod
-    def load(folder: str | Path, piece: str) -> Marks:
-        """Raises UsageError if the piece was never signed."""
-        with _open(_marks(folder, piece)) as file:
-            shingles = Rows(file["shingle_starts"], file["shingles"])
-            pictures = Rows(file["picture_starts"], file["pictures"])
-            return Marks(file["code"], shingles, pictures, file["banded"], file["bands"])
 
 
 @dataclass(frozen=True)
@@ -169,7 +72,7 @@ def find_duplicates(
     `map` runs a function on items, anywhere that sees `folder`, and gives the results in order. Up to 3 * 10**9 samples.
     Raises UsageError if a piece has no marks, or has those of other rules.
     """
-    chunks = _chunks(pieces, list(map(partial(_size, Path(folder), rules), pieces)))
+    chunks = _chunks(pieces, list(map(partial(signed_samples, Path(folder), rules), pieces)))
     plan = _Plan(Path(folder), rules, tuple(chunk.first for chunk in chunks), sum(sum(chunk.sizes) for chunk in chunks))
     shutil.rmtree(plan.work, ignore_errors=True)
     for work, items in (
@@ -187,7 +90,7 @@ def find_duplicates(
 
 def dropped(folder: str | Path, piece: str) -> Dropped:
     """What `find_duplicates` wrote of a piece; raises UsageError if it did not."""
-    with _open(_drops(folder, piece)) as file:
+    with opened(_drops(folder, piece)) as file:
         return Dropped(file["index"], file["kept_piece"], file["kept_index"], file["contaminated"])
 
 
@@ -243,16 +146,6 @@ def _chunks(pieces: Sequence[str], sizes: Sequence[int]) -> list[_Chunk]:
     return chunks
 
 
-def _size(folder: Path, rules: Rules, piece: str) -> int:
-    with _open(_marks(folder, piece)) as file:
-        if (file["code"] != rules.code).any():
-            by, jaccard, distance = file["code"].tolist()
-            signed = f"by {MODES[int(by)]} at {jaccard:g} and {distance:g} bits"
-            asked = f"by {rules.by} at {rules.jaccard:g} and {rules.distance} bits"
-            raise UsageError(f"{_marks(folder, piece)}: signed {signed}, asked for {asked}; sign it again")
-        return int(file["samples"])
-
-
 # The pieces of work, in the order they are run
 
 
@@ -262,59 +155,45 @@ def _lay_out(plan: _Plan, chunk: _Chunk) -> None:
     shingles = Rows.join([each.shingles for each in marks])
     pictures = Rows.join([each.pictures for each in marks])
     for kind, rows in (("shingles", shingles), ("pictures", pictures)):
-        _save(plan.work / f"{kind}-starts-{chunk.number}", rows.starts)
-        _save(plan.work / f"{kind}-{chunk.number}", np.append(rows.values, np.uint64(0)))  # an empty file maps badly
-    identity, known = _identities(plan.rules, shingles, pictures)
+        save(plan.work / f"{kind}-starts-{chunk.number}", rows.starts)
+        save(plan.work / f"{kind}-{chunk.number}", np.append(rows.values, np.uint64(0)))  # an empty file maps badly
+    identity, known = identities(plan.rules, shingles, pictures)
     places = np.flatnonzero(known)
     _, first, inverse = np.unique(identity[places], return_index=True, return_inverse=True)
     roots = np.full(len(known), -1)
     roots[places] = places[first][inverse] + chunk.first
-    _save(plan.work / f"leaders-{chunk.number}", roots)
+    save(plan.work / f"leaders-{chunk.number}", roots)
     # Of equal samples of a chunk only the first goes on, so that a million equal ones are few anywhere.
     firsts = places[np.sort(first)]
     to = identity[firsts] % np.uint64(plan.identity_parts)
-    _scatter(plan.work / f"identities-{chunk.number}", to, plan.identity_parts, identity[firsts], firsts + chunk.first)
-
-
-def _identities(rules: Rules, shingles: Rows, pictures: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """A hash of all that counts by the rules, (samples,) uint64, and which samples can have a duplicate at all."""
-    text = mix(shingles.sums(mix(shingles.values)))
-    place = np.arange(len(pictures.values)) - np.repeat(pictures.starts[:-1], pictures.lengths)
-    picture = mix(pictures.sums(mix(mix(pictures.values) + place.astype(np.uint64))))
-    has_text = shingles.lengths > 0
-    sound = pictures.sums((pictures.values == NO_HASH).astype(np.int64)) == 0
-    if rules.by == "text":
-        return text, has_text
-    if rules.by == "image":
-        return picture, sound & (pictures.lengths > 0)
-    return mix(text + np.uint64(3) * picture), has_text & sound
+    scatter(plan.work / f"identities-{chunk.number}", to, plan.identity_parts, identity[firsts], firsts + chunk.first)
 
 
 def _find_equal(plan: _Plan, part: int) -> None:
     """Tell every sample that equals an earlier one of another chunk which is the first."""
-    identity, sample = _gather(plan, "identities", len(plan.firsts), part, plan.identity_parts)
+    identity, sample = gather(plan.work, "identities", len(plan.firsts), part, plan.identity_parts)
     _, first, inverse = np.unique(identity, return_index=True, return_inverse=True)
     root = sample[first][inverse]
     later = root != sample
     to = plan.chunk_of(sample[later])
-    _scatter(plan.work / f"equal-{part}", to, len(plan.firsts), sample[later], root[later])
+    scatter(plan.work / f"equal-{part}", to, len(plan.firsts), sample[later], root[later])
 
 
 def _spread_keys(plan: _Plan, chunk: _Chunk) -> None:
     """Settle which samples equal which, and send those that equal no earlier one to meet what may be near."""
     roots = np.load(plan.work / f"leaders-{chunk.number}.npy")
-    sample, root = _gather(plan, "equal", plan.identity_parts, chunk.number, len(plan.firsts))
+    sample, root = gather(plan.work, "equal", plan.identity_parts, chunk.number, len(plan.firsts))
     final = chunk.own()
     final[sample.astype(np.int64) - chunk.first] = root
     known = roots >= 0
     roots[known] = final[roots[known] - chunk.first]
-    _save(plan.work / f"roots-{chunk.number}", roots)
+    save(plan.work / f"roots-{chunk.number}", roots)
     marks = [Marks.load(plan.folder, piece) for piece in chunk.pieces]
     place, key = _keys(plan, marks)
     alone = roots[place] == place + chunk.first
     key, place = key[alone], place[alone]
     to = key % np.uint64(plan.key_parts)
-    _scatter(plan.work / f"keys-{chunk.number}", to, plan.key_parts, key, place + chunk.first)
+    scatter(plan.work / f"keys-{chunk.number}", to, plan.key_parts, key, place + chunk.first)
 
 
 def _keys(plan: _Plan, marks: Sequence[Marks]) -> tuple[np.ndarray, np.ndarray]:
@@ -337,12 +216,12 @@ def _keys(plan: _Plan, marks: Sequence[Marks]) -> tuple[np.ndarray, np.ndarray]:
 
 def _find_candidates(plan: _Plan, part: int) -> None:
     """Send every two samples that share a key, but for crowds, to be compared."""
-    key, sample = _gather(plan, "keys", len(plan.firsts), part, plan.key_parts)
+    key, sample = gather(plan.work, "keys", len(plan.firsts), part, plan.key_parts)
     found, key, sample = _meet(plan, key, sample.astype(np.int64))
     if plan.rules.by != "image":
         found = _union(found, *(_meet(plan, *crowd)[0] for crowd in _split(plan, key, sample)))
     later, earlier = np.divmod(found, max(plan.samples, 1))
-    _scatter(plan.work / f"pairs-{part}", plan.chunk_of(later), len(plan.firsts), later, earlier)
+    scatter(plan.work / f"pairs-{part}", plan.chunk_of(later), len(plan.firsts), later, earlier)
 
 
 def _meet(plan: _Plan, key: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -383,11 +262,11 @@ def _split(plan: _Plan, key: np.ndarray, sample: np.ndarray) -> Iterator[tuple[n
 
 def _compare(plan: _Plan, chunk: _Chunk) -> None:
     """Keep of a chunk's candidates the pairs that are near, sorted: (pairs, 2) int64, the later first."""
-    later, earlier = _gather(plan, "pairs", plan.key_parts, chunk.number, len(plan.firsts))
+    later, earlier = gather(plan.work, "pairs", plan.key_parts, chunk.number, len(plan.firsts))
     found = np.unique(later * np.uint64(plan.samples) + earlier).astype(np.int64)
     pairs = np.stack(np.divmod(found, max(plan.samples, 1)), axis=1)
     near = [_near(plan, *block.T) for block in _blocks(pairs, np.ones(len(pairs), np.int64))]
-    _save(plan.work / f"near-{chunk.number}", pairs[np.concatenate([np.zeros(0, bool), *near])])
+    save(plan.work / f"near-{chunk.number}", pairs[np.concatenate([np.zeros(0, bool), *near])])
 
 
 def _near(plan: _Plan, later: np.ndarray, earlier: np.ndarray) -> np.ndarray:
@@ -488,48 +367,6 @@ def _by_chunk(plan: _Plan, kind: str, samples: np.ndarray) -> Iterator[tuple[Row
         paths = (plan.work / f"{kind}-starts-{number}.npy", plan.work / f"{kind}-{number}.npy")
         rows = Rows(*(np.asarray(np.load(path, mmap_mode="r")) for path in paths))
         yield rows, samples[cuts[number] : cuts[number + 1]] - plan.firsts[number]
-
-
-# Files
-
-
-def _scatter(path: Path, to: np.ndarray, parts: int, left: np.ndarray, right: np.ndarray) -> None:
-    """Write two columns so that what goes to one part, by `to`, lies together, in the order given: the map's half."""
-    to = to.astype(np.int64)
-    order = np.argsort(to, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(to, minlength=parts))]).astype(np.int64)
-    table = np.stack([left.astype(np.uint64), right.astype(np.uint64)], axis=1)[order]
-    with atomic_write(path) as file:
-        file.write(starts.tobytes())
-        file.write(table.tobytes())
-
-
-def _gather(plan: _Plan, kind: str, files: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Read what all files scattered to one part, as two uint64 columns, in the order of files: the reduce's half."""
-    tables = [np.zeros((0, 2), np.uint64)]
-    for number in range(files):
-        path = plan.work / f"{kind}-{number}"
-        start, stop = np.fromfile(path, np.int64, 2, offset=8 * part)
-        rows = np.fromfile(path, np.uint64, 2 * (stop - start), offset=8 * (parts + 1) + 16 * start)
-        tables.append(rows.reshape(-1, 2))
-    left, right = np.concatenate(tables).T
-    return left, right
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with atomic_write(path.with_name(f"{path.name}.npy")) as file:
-        np.save(file, array)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return np.load(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; sign every piece, then find the duplicates") from None
-
-
-def _marks(folder: str | Path, piece: str) -> Path:
-    return Path(folder) / "marks" / f"{piece}.npz"
 
 
 def _drops(folder: str | Path, piece: str) -> Path:
