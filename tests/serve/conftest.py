@@ -7,6 +7,7 @@ import base64
 import http.client
 import io
 import json
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 import openai
 import pytest
 import torch
+from bombs import bombs
 from PIL import Image
 
 import vlm
@@ -168,3 +170,17 @@ def image_part():
         return {"type": "image_url", "image_url": {"url": url}}
 
     return part
+
+
+@pytest.fixture
+def unharmed(server, caplog) -> Iterator[None]:
+    """Whatever a test did to the server, it is healthy afterwards, and no failure was logged."""
+    yield
+    server.healthy()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR], caplog.text
+
+
+@pytest.fixture(scope="module")
+def made_bombs(tmp_path_factory) -> dict[str, bytes]:
+    """Made once, and before memory is measured."""
+    return bombs()
