@@ -9,7 +9,6 @@ rows takes such a share and adds up over the ranks. What lies between is compute
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import distributed as dist
 
 from vlm.errors import UsageError
 from vlm.model import VLMModel
+from vlm.tensor_parallel import check_sizes
 
 from .config import Config
 from .ranks import copies
@@ -78,21 +78,7 @@ def check_model(model: VLMModel, size: int) -> None:
             f"language model family {text.model_type!r} does not work with tensor_parallel {size}; use tensor_parallel 1, or "
             f"one of {', '.join(sorted(FAMILIES))}"
         )
-    heads = text.num_attention_heads
-    counted = {"heads of the language model": heads}
-    counted["key/value heads of the language model"] = getattr(text, "num_key_value_heads", None) or heads
-    for name in ("intermediate_size", "ffn_dim"):
-        if getattr(text, name, None):
-            counted[f"{name} of the language model"] = getattr(text, name)
-    adapters: Iterable[Any] = model.adapters.values()
-    for adapter in adapters:
-        counted["heads of the adapters"] = adapter.attention.heads
-        counted["key/value heads of the adapters"] = adapter.attention.kv_heads
-        if adapter.feed_forward is not None:
-            counted["feed-forward features of the adapters"] = adapter.feed_forward.up_proj.out_features
-    for name, count in counted.items():
-        if count % size:
-            raise UsageError(f"tensor_parallel {size} does not divide the {count} {name}; use a divisor of {count}")
+    check_sizes(model.config, size)
 
 
 def is_cut(parameter: nn.Parameter) -> bool:

@@ -21,6 +21,7 @@ from vlm.files import atomic_folder
 from vlm.model import VLMModel
 from vlm.processing import VLMProcessor
 from vlm.quantization import parameter_count
+from vlm.tensor_parallel import settings
 
 DTYPES = {
     "fp32": torch.float32,
@@ -68,15 +69,20 @@ def save(model: VLMModel, processor: VLMProcessor, folder: str | Path) -> None:
         ) from error
 
 
-def read(source: str | Path, dtype: str | torch.dtype = "auto") -> tuple[VLMModel, VLMProcessor]:
+def read(
+    source: str | Path, dtype: str | torch.dtype = "auto", tensor_parallel: int = 1
+) -> tuple[VLMModel, VLMProcessor]:
     """Read a model folder or a hub id, on the CPU. dtype "auto": as saved.
 
+    tensor_parallel: more than 1 reads this process's part alone (see `vlm.tensor_parallel`), onto its device; so many are in
+    the process group, and all of them read.
     Raises UsageError for a folder that is missing, of another kind, or broken.
     """
     _check_kind(source)
+    cut = settings(config_of(source), tensor_parallel) if tensor_parallel > 1 else {}
     try:
         with _quiet():
-            model, report = VLMModel.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True)
+            model, report = VLMModel.from_pretrained(source, dtype=_dtype(dtype), output_loading_info=True, **cut)
             processor = VLMProcessor.from_pretrained(source)
             # How it was fetched; transformers 5.24 would save that with it.
             for how in ("is_local", "local_files_only"):
@@ -91,6 +97,17 @@ def read(source: str | Path, dtype: str | torch.dtype = "auto") -> tuple[VLMMode
                 f"the model in {source} {problem} weights, {len(keys)} of them, the first {min(keys)}; save or fetch it again"
             )
     return model, processor
+
+
+def config_of(source: str | Path) -> VLMConfig:
+    """The configuration of a model folder or a hub id. Raises UsageError as `read`."""
+    _check_kind(source)
+    try:
+        return VLMConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"the model in {source} cannot be read: {_first_line(error)}; save or fetch it again"
+        ) from error
 
 
 def decoding_defaults(processor: VLMProcessor) -> GenerationConfig:
