@@ -73,6 +73,11 @@ class VLM:
         self._own_engine: Engine | None = None
         self._own_engine_free = Lock()
 
+    @property
+    def lost(self) -> str | None:
+        """What became of a process that holds the model with this one and has died; None while all is well."""
+        return None
+
     # Text about pictures
 
     def caption(self, images: Any, prompt: str | None = None, **options: Any) -> Any:

@@ -359,6 +359,9 @@ def serve_model(
     replicas: Annotated[
         int, typer.Option(help="so many engines, each on its GPU or its cores; what follows is for each", min=1)
     ] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="so many processes hold each model together, each on its GPU or its cores", min=1)
+    ] = 1,
     rows: Annotated[int, typer.Option(help="replies decoded together")] = 16,
     length: Annotated[int | None, typer.Option(help="tokens of prompt and reply; default: all the model takes")] = None,
     queue: Annotated[int, typer.Option(help="replies that may wait for a row; more get 429")] = 64,
@@ -387,7 +390,8 @@ def serve_model(
         from vlm.serve.server import serve
     except ModuleNotFoundError as error:
         raise UsageError(f"vlm serve needs {error.name}; pip install 'vlm[serve]'") from None
-    settings = Settings(model, name or model, limits, length, device, quantize, compile, int8_cache)
+    settings = Settings(model, name or model, limits, length, device, quantize, compile, int8_cache, tensor_parallel)
+    settings.check(replicas)
     if replicas > 1:
         serve_replicas(replicas, settings, host, port, api_key)
     else:

@@ -37,11 +37,14 @@ class Share:
         first, last = (len(usable) * number // self.processes for number in (self.process, self.process + 1))
         return usable[first:last] or [usable[self.process % len(usable)]]
 
-    def take(self, device: str = "auto") -> str:
-        """Keep this process to its GPU (of "auto" and "cuda", where there are any) or to its cores; the device's name."""
+    def take(self, device: str = "auto", each: int = 1) -> str:
+        """Keep this process to its GPU (of "auto" and "cuda", where there are any) or to its cores; the device's name.
+
+        each: neighbouring GPUs that a process takes, of which this is the first.
+        """
         gpus = torch.cuda.device_count()
         if gpus and device in ("auto", "cuda"):
-            device = f"cuda:{self.process % gpus}"
+            device = f"cuda:{self.process * each % gpus}"
             torch.cuda.set_device(device)
         if device.startswith("cuda"):
             return device

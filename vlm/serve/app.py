@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 
 from vlm.api import VLM
 from vlm.machine import usable_cores
+from vlm.together import TogetherVLM
 
 from .gate import Gate
 from .limits import Limits
@@ -83,8 +84,19 @@ class Service:
         self.worker = Worker(made, limits, self.metrics)
         self._prompts = Prompts(vlm, limits, made.most_tokens)
         # A tokenizer that pads may not be used by two threads, and the engine's thread pads what it embeds.
-        self._embedder = VLM(vlm.model, copy.deepcopy(vlm.processor))
+        self._embedder = copy.copy(vlm)
+        self._embedder.processor = copy.deepcopy(vlm.processor)
         self._pool = ThreadPoolExecutor(max(2, usable_cores()), "vlm-prepare")
+
+    @property
+    def together(self) -> bool:
+        """Whether other processes hold the model with this one."""
+        return isinstance(self._embedder, TogetherVLM)
+
+    @property
+    def lost(self) -> str | None:
+        """What became of a process that holds the model with this one and has died; None while all is well."""
+        return self._embedder.lost
 
     async def _off_loop(self, work: Callable[..., Result], *arguments: Any) -> Result:
         """Do `work` in the pool."""
@@ -163,7 +175,8 @@ class Service:
 
     def health(self) -> dict[str, Any]:
         """Whether the engine lives and takes requests."""
-        return {"status": "dead" if self.worker.dead else "draining" if self.worker.draining else "ok"}
+        dead = self.worker.dead or self.lost is not None
+        return {"status": "dead" if dead else "draining" if self.worker.draining else "ok"}
 
     async def measured(self) -> bytes:
         """All metrics in Prometheus's text format."""
@@ -180,6 +193,10 @@ class Service:
     async def drain(self) -> None:
         """Take nothing new, and return when all that was taken is answered."""
         await self.worker.drain()
+
+    def give_up(self) -> None:
+        """Tell all who wait that it is dead."""
+        self.worker.give_up()
 
 
 def make_app(service: Answering, api_key: str | None = None) -> FastAPI:

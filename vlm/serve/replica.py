@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import socket
@@ -18,18 +19,28 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from vlm.api import load
+import torch
+
+from vlm.api import VLM, load
 from vlm.errors import RunError, UsageError
 from vlm.processes import Share
+from vlm.saving import config_of
+from vlm.tensor_parallel import check
+from vlm.together import load_together
 
 from .app import Service
 from .limits import Limits
-from .server import Server
+from .server import Mortal
+
+log = logging.getLogger("vlm.serve")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server serves. device, quantize: as of `vlm.load`. length, compile, int8_cache: as of the engine."""
+    """What a server serves. device, quantize: as of `vlm.load`. length, compile, int8_cache: as of the engine.
+
+    tensor_parallel: processes that hold one model together.
+    """
 
     model: str
     name: str
@@ -39,10 +50,29 @@ class Settings:
     quantize: str | None = None
     compile: bool = False
     int8_cache: bool = False
+    tensor_parallel: int = 1
+
+    def check(self, replicas: int = 1) -> None:
+        """Raise UsageError for what does not go together, before anything is loaded or started."""
+        together, gpus = self.tensor_parallel, torch.cuda.device_count()
+        if together == 1:
+            return
+        for name, given in (("quantize", self.quantize), ("compile", self.compile)):
+            if given:
+                raise UsageError(f"{name} does not work with tensor_parallel {together}; leave one of them out")
+        check(config_of(self.model), together)
+        if self.device != "cpu" and gpus and replicas * together > gpus:
+            raise UsageError(
+                f"{replicas} replicas of tensor_parallel {together} take {replicas * together} GPUs and {gpus} are there; "
+                "lower one"
+            )
 
     def service(self) -> Service:
         """The model, loaded, and what answers for it."""
-        model = load(self.model, device=self.device, quantize=self.quantize)
+        if self.tensor_parallel > 1:
+            model: VLM = load_together(self.model, self.tensor_parallel, device=self.device)
+        else:
+            model = load(self.model, device=self.device, quantize=self.quantize)
         engine = {"length": self.length, "compile": self.compile, "int8_cache": self.int8_cache}
         return Service(model, self.name, self.limits, **engine)
 
@@ -50,13 +80,6 @@ class Settings:
         """What a replica reads first: its settings, the Unix socket it listens on, and which of how many it is."""
         told = {"settings": dataclasses.asdict(self), "path": str(path), "share": dataclasses.asdict(share)}
         return json.dumps(told).encode() + b"\n"
-
-
-class _Server(Server):
-    """Ends by itself when its engine has failed, so that it is started again."""
-
-    async def on_tick(self, counter: int) -> bool:
-        return await super().on_tick(counter) or self._service.health()["status"] == "dead"
 
 
 def main() -> int:
@@ -75,14 +98,17 @@ def main() -> int:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen(2048)
-        server = _Server(service)
+        server = Mortal(service)  # so that it is started again
         print(json.dumps({"error": None}), file=told, flush=True)
         server.run(sockets=[listening])
-    return int(service.worker.dead)
+    if service.lost is not None:
+        log.error("%s", service.lost)
+    return int(service.health()["status"] == "dead")
 
 
 def _service(settings: dict[str, Any], share: Share) -> Service:
-    own = settings | {"device": share.take(settings["device"]), "limits": Limits(**settings["limits"])}
+    device = share.take(settings["device"], settings["tensor_parallel"])
+    own = settings | {"device": device, "limits": Limits(**settings["limits"])}
     return Settings(**own).service()
 
 

@@ -17,7 +17,7 @@ import uvicorn
 
 from vlm.errors import RunError, UsageError
 
-from .app import Answering, make_app
+from .app import Answering, Service, make_app
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -55,6 +55,21 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+class Mortal(Server):
+    """Ends by itself when what it serves is dead, and who waits for it has been told."""
+
+    def __init__(self, service: Service, api_key: str | None = None) -> None:
+        super().__init__(service, api_key)
+        self._mortal = service
+
+    async def on_tick(self, counter: int) -> bool:
+        """What uvicorn does ten times a second; whether to end."""
+        dead = self._mortal.health()["status"] == "dead"
+        if dead:
+            self._mortal.give_up()
+        return await super().on_tick(counter) or dead
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one. Raises UsageError where that is not possible."""
     try:
@@ -70,11 +85,14 @@ def tell_address(name: str, host: str, listening: socket.socket) -> None:
     print(f"serving {name} at http://{place}:{listening.getsockname()[1]}/v1", flush=True)
 
 
-def serve(service: Answering, host: str, port: int, api_key: str | None = None) -> None:
-    """Serve until a signal comes. Raises UsageError for a port that is taken, RunError where the server did not start."""
+def serve(service: Service, host: str, port: int, api_key: str | None = None) -> None:
+    """Serve until a signal comes. Raises UsageError for a port that is taken, RunError where the server did not start, and
+    where a process that holds the model with this one has died."""
     with bind(host, port) as listening:
-        server = Server(service, api_key)
+        server = (Mortal if service.together else Server)(service, api_key)
         tell_address(service.name, host, listening)
         server.run(sockets=[listening])
         if not server.started:
             raise RunError("the server did not start; see above")
+        if service.lost is not None:
+            raise RunError(service.lost)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from threading import Condition, Thread
 from typing import Any
 
-from vlm.errors import UsageError
+from vlm.errors import RunError, UsageError
 from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine
 from vlm.generation.request import Generation, Prompt
@@ -26,6 +26,7 @@ from .refusals import Refusal, internal_error, log_failure, shutting_down
 
 log = logging.getLogger("vlm.serve")
 Job = tuple[Prompt, Decoding]
+GRACE = 5.0  # seconds that a dead engine's thread may take to end
 
 
 @dataclass(frozen=True)
@@ -158,11 +159,16 @@ class Worker:
             await asyncio.sleep(0.02)
 
     def stop(self) -> None:
-        """End the thread after its round."""
+        """End the thread after its round; one that waits for a process that has died is left to itself."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(GRACE if self.dead else None)
+
+    def give_up(self) -> None:
+        """Take it for dead, whatever its thread is at."""
+        self.dead = True
+        self._bury()
 
     def _bury(self) -> None:
         for place in self._places:
@@ -174,6 +180,9 @@ class Worker:
         try:
             while self._round():
                 pass
+        except RunError:  # told by who knows what was lost
+            self.dead = True
+            self._loop.call_soon_threadsafe(self._bury)
         except BaseException:
             # A row may be in any state now, so nothing of this engine can be trusted further.
             log.exception("the decoding engine failed")

@@ -36,6 +36,8 @@ from vlm.tensor_parallel import check
 
 from .part import Call, Make, Part, Take, Told
 
+GRACE = 10.0  # seconds that a process which has been told to end may take
+AGAIN = "start them again"
 MOMENT = 5.0  # seconds in which the death is noticed of which a collective call has failed
 
 
@@ -136,13 +138,21 @@ class Team:
                 for other in self._others:
                     _send(other, content)
                 yield
-            except (RuntimeError, BrokenPipeError) as error:
-                end = time.monotonic() + MOMENT
-                while self.lost is None and time.monotonic() < end:
-                    time.sleep(0.01)
-                if self.lost is None:
-                    raise
-                raise RunError(self.lost) from error
+            except UsageError:  # which the others raise too
+                raise
+            except BaseException as error:
+                self._await_death(MOMENT if isinstance(error, (RuntimeError, BrokenPipeError)) else 0.0)
+                # Whatever the others are at now, they are at it alone.
+                self.lost = self.lost or f"the processes that hold the model are out of step after: {error}; {AGAIN}"
+                if isinstance(error, Exception):
+                    raise RunError(self.lost) from error
+                raise
+
+    def _await_death(self, seconds: float) -> None:
+        """Return when one has died, or so many seconds later."""
+        end = time.monotonic() + seconds
+        while self.lost is None and time.monotonic() < end:
+            time.sleep(0.01)
 
     def number_of(self, engine: Engine) -> int:
         """What a new engine is called. When nobody uses it any more, those that follow it are let go of too."""
@@ -164,17 +174,22 @@ def _watch(team: weakref.ref[Team], rank: int, processes: int, other: subprocess
 
 
 def _ended(rank: int, processes: int, code: int) -> str:
-    return f"process {rank} of the {processes} that hold the model ended with {code}; start them again"
+    return f"process {rank} of the {processes} that hold the model ended with {code}; {AGAIN}"
 
 
 def _end(others: list[subprocess.Popen[bytes]]) -> None:
+    whole = all(other.poll() is None for other in others)
     for other in others:
         assert other.stdin is not None
         with suppress(BrokenPipeError):
             other.stdin.close()  # which tells it to end
     for other in others:
-        other.wait()
-    if dist.is_initialized():
+        try:
+            other.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            other.kill()
+            other.wait()
+    if whole and dist.is_initialized():  # a group that waits for somebody dead would not let go
         dist.destroy_process_group()
 
 
@@ -196,6 +211,11 @@ class TogetherVLM(VLM):
     def __init__(self, model: VLMModel, processor: VLMProcessor, team: Team) -> None:
         super().__init__(model, processor)
         self.team = team
+
+    @property
+    def lost(self) -> str | None:
+        """As of `VLM`."""
+        return self.team.lost
 
     def engine(self, rows: int, length: int | None = None, **options: Any) -> Engine:
         """As of `VLM`; its steps are taken in all processes."""
