@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
+from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ UNCUT = ("gpt2", "bert", "modernbert")
 EXPERTS = "llama with experts in the adapters"
 PARTS = ("language_model", "adapters")
 WORDS = 291  # which two processes do not divide
-LIMIT = 300  # seconds until a process that waits for another is a failure
+LIMIT = timedelta(minutes=5)  # until a process that waits for another is a failure
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,17 @@ def told(make_model, make_processor, tmp_path_factory) -> dict[str, list[dict[st
         if name in ("qwen2", "granite"):
             model.resize_token_embeddings(WORDS)
         save(model, make_processor(), folder / name)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in (0, 1):
-        command = [sys.executable, __file__, str(rank), str(folder / "meeting"), *(str(folder / one) for one in names)]
-        processes.append(subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment))
+    meeting, folders = str(folder / "meeting"), [str(folder / name) for name in names]
+    other = subprocess.Popen([sys.executable, __file__, meeting, *folders], stdout=-1, stderr=-1, text=True)
+    threads = torch.get_num_threads()
     try:
-        ended = [process.communicate(timeout=LIMIT) for process in processes]
+        mine = look(0, meeting, folders)
+        out, err = other.communicate(timeout=LIMIT.seconds)
     finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(err[-3000:] for _, err in ended)
-    lines = [[json.loads(line) for line in out.splitlines() if line.startswith("{")] for out, _ in ended]
-    return {name: list(both) for name, *both in zip(names, *lines, strict=True)}
+        torch.set_num_threads(threads)
+        other.kill()
+    assert other.returncode == 0, err[-3000:]
+    return {name: list(both) for name, *both in zip(names, mine, json.loads(out.splitlines()[-1]), strict=True)}
 
 
 @pytest.mark.parametrize("name", [*CUT.split(), EXPERTS])
@@ -174,8 +172,8 @@ class CountedSlice:
 OPEN = modeling_utils.safe_open
 
 
-def tell(folder: str) -> None:
-    """Print how what this process has of a model compares to the whole of it."""
+def compare(folder: str) -> dict[str, Any]:
+    """How what this process has of a model compares to the whole of it."""
     whole, _ = read(folder)
     Counted.taken.clear()
     part, _ = read(folder, tensor_parallel=dist.get_world_size())
@@ -187,18 +185,13 @@ def tell(folder: str) -> None:
         both = [[model.eval()(ids, **inputs).logits for inputs in ({}, seen)] for model in (whole, part)]
     expected, found = (torch.cat(logits) for logits in both)
     assert not torch.equal(expected[:2], expected[2:]), "pictures change what is said"
-    print(
-        json.dumps(
-            {
-                "wrong": float((expected - found).abs().max()),
-                "largest": float(expected.abs().max()),
-                "bits": hashlib.sha256(found.numpy().tobytes()).hexdigest(),
-                "held": {name: size_of(part, name) / size_of(whole, name) for name in (*PARTS, "vision")},
-                "read": {name: Counted.taken[name] / size_of(whole, name) for name in (*PARTS, "vision")},
-            }
-        ),
-        flush=True,
-    )
+    return {
+        "wrong": float((expected - found).abs().max()),
+        "largest": float(expected.abs().max()),
+        "bits": hashlib.sha256(found.numpy().tobytes()).hexdigest(),
+        "held": {name: size_of(part, name) / size_of(whole, name) for name in (*PARTS, "vision")},
+        "read": {name: Counted.taken[name] / size_of(whole, name) for name in (*PARTS, "vision")},
+    }
 
 
 def size_of(model: torch.nn.Module, part: str) -> int:
@@ -207,15 +200,16 @@ def size_of(model: torch.nn.Module, part: str) -> int:
     return sum((one.to_local() if isinstance(one, DTensor) else one).nbytes for one in weights)
 
 
-def main(rank: str, meeting: str, *folders: str) -> None:
-    """One process of two."""
+def look(rank: int, meeting: str, folders: list[str]) -> list[dict[str, Any]]:
+    """What one process of two tells of each model."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
-    modeling_utils.safe_open = Counted
-    for folder in folders:
-        assert Path(folder).is_dir()
-        tell(folder)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=LIMIT)
+    try:
+        with mock.patch.object(modeling_utils, "safe_open", Counted):
+            return [compare(folder) for folder in folders]
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(json.dumps(look(1, sys.argv[1], sys.argv[2:])))

@@ -48,8 +48,8 @@ def load_together(
 
     Each reads its own part of the file and no more, of the language model and the adapters an even share. device, dtype: as of
     `vlm.load`; a device with an index is the first of neighbouring GPUs. On CPUs each process keeps to its share of the
-    cores, this one too. The others end with this process, or when nobody uses the model any more; a process can hold one such
-    model at a time. Raises UsageError for a model that cannot be cut so (`vlm.tensor_parallel.check`) and for devices that
+    cores, this one too. The others end with this process, or by `team.end()`; a process can hold one such model at a
+    time. Raises UsageError for a model that cannot be cut so (`vlm.tensor_parallel.check`) and for devices that
     are not there, RunError where a process fails.
     """
     if processes < 2:
@@ -189,7 +189,8 @@ def _end(others: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             other.kill()
             other.wait()
-    if whole and dist.is_initialized():  # a group that waits for somebody dead would not let go
+    # On GPUs a group that waits for somebody dead does not let go.
+    if dist.is_initialized() and (whole or dist.get_backend() == "gloo"):
         dist.destroy_process_group()
 
 
