@@ -14,10 +14,21 @@ from vlm.configuration import VLMConfig
 from vlm.errors import RunError, UsageError
 from vlm.model import VLMModel
 from vlm.processing import VLMImageProcessor, VLMProcessor
+from vlm.together import load_together
 
 AutoConfig.register("vlm", VLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(VLMConfig, VLMModel, exist_ok=True)
 AutoImageProcessor.register(VLMConfig, image_processor_classes={"pil": VLMImageProcessor}, exist_ok=True)
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
 
-__all__ = ["VLM", "RunError", "UsageError", "VLMConfig", "VLMImageProcessor", "VLMModel", "VLMProcessor", "load"]
+__all__ = [
+    "VLM",
+    "RunError",
+    "UsageError",
+    "VLMConfig",
+    "VLMImageProcessor",
+    "VLMModel",
+    "VLMProcessor",
+    "load",
+    "load_together",
+]

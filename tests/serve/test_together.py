@@ -296,3 +296,30 @@ def test_gpus_that_are_not_there_are_refused(folder, monkeypatch):
         load_together(folder, 2, device="cpu")
     with pytest.raises(UsageError, match="tensor_parallel is 1; it must be at least 2"):
         load_together(folder, 1)
+
+
+@pytest.fixture
+def dying(tmp_path, monkeypatch) -> Callable[[str], None]:
+    """Makes the processes that follow do something else."""
+
+    def make(does: str) -> None:
+        script = tmp_path / "python"
+        script.write_text(f"#!/bin/sh\n{does}\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("does", "told"),
+    [
+        ("exit 3", "process 1 of the 2 that hold the model ended with 3; start them again"),
+        ('echo \'{"error": "no memory"}\'', "process 1 of 2: no memory"),
+    ],
+)
+def test_a_process_that_never_comes_is_told(folder, dying, does, told):
+    """Before anybody waits for it."""
+    dying(does)
+    with pytest.raises(RunError, match=told):
+        load_together(folder, 2, device="cpu")

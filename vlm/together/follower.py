@@ -1,7 +1,8 @@
 """A process that holds a part of a model and does what the first one does: `python -m vlm.together.follower`.
 
 Knows its part, its engines and its standard input, from which it reads its `Part` and then one `Told` after the other,
-pickled. It answers once on standard output, `{"error": null}` or what hindered it. When standard input ends, so does it.
+pickled. It answers twice on standard output, when it is there and when it has its part: `{"error": null}`, or what hindered
+it. When standard input ends, so does it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> int:
     heard: SimpleQueue[Any] = SimpleQueue()
     Thread(target=_hear, args=(heard,), daemon=True).start()
     part: Part = heard.get()
+    print(json.dumps({"error": None}), file=told, flush=True)
     try:
         store = dist.TCPStore("127.0.0.1", part.port, part.processes, is_master=False)
         vlm = VLM(*part.read(store))

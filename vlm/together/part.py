@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from vlm.model import VLMModel
 from vlm.processes import Share
 from vlm.processing import VLMProcessor
 from vlm.saving import read
-
-LOADING = timedelta(hours=2)  # that processes may wait for each other: they read from disks, and one may be slow
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,14 @@ class Part:
         else:
             torch.cuda.set_device(self.first + self.rank)
         backend = "gloo" if self.first is None else "nccl"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.processes, timeout=LOADING)
-        with _local_rank((self.first or 0) + self.rank):
-            model, processor = read(self.path, self.dtype, tensor_parallel=self.processes)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.processes)
         if self.first is None:
             # How a sum over many numbers is rounded depends on how many threads share them, and all shall choose alike.
             threads = torch.tensor(torch.get_num_threads())
             dist.all_reduce(threads, dist.ReduceOp.MIN)
             torch.set_num_threads(int(threads))
-        return model, processor
+        with _local_rank((self.first or 0) + self.rank):
+            return read(self.path, self.dtype, tensor_parallel=self.processes)
 
 
 @contextmanager

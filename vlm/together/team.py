@@ -107,18 +107,28 @@ class Team:
     def join(self, part: Part) -> tuple[VLMModel, VLMProcessor]:
         """Read this process's part, and return when the others have theirs. Raises UsageError, and RunError for theirs."""
         for rank, other in enumerate(self._others, start=1):
-            with suppress(BrokenPipeError):  # what became of it is told below
+            with suppress(BrokenPipeError):  # what became of it is told next
                 _send(other, pickle.dumps(replace(part, rank=rank)))
-        read = part.read(self._store(part.processes))
+        self._hear(part.processes)  # that they are there: who waits for one that died before would wait for long
+        try:
+            read = part.read(self._store(part.processes))
+        except RuntimeError as error:
+            self._hear(part.processes)  # what is behind it
+            raise RunError(f"the processes cannot work together: {error}") from error
+        self._hear(part.processes)
+        for rank, other in enumerate(self._others, start=1):
+            Thread(target=_watch, args=(weakref.ref(self), rank, part.processes, other), daemon=True).start()
+        return read
+
+    def _hear(self, processes: int) -> None:
+        """Wait for an answer of each. Raises RunError for what hindered one, and for one that has died."""
         for rank, other in enumerate(self._others, start=1):
             assert other.stdout is not None
             line = other.stdout.readline()
-            if error := json.loads(line or b'{"error": null}')["error"]:
-                raise RunError(f"process {rank} of {part.processes}: {error}")
             if not line:
-                raise RunError(_ended(rank, part.processes, other.wait()))
-            Thread(target=_watch, args=(weakref.ref(self), rank, part.processes, other), daemon=True).start()
-        return read
+                raise RunError(_ended(rank, processes, other.wait()))
+            if error := json.loads(line)["error"]:
+                raise RunError(f"process {rank} of {processes}: {error}")
 
     def _store(self, processes: int) -> dist.Store:
         listening = self._listening.detach()
