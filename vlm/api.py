@@ -23,15 +23,14 @@ from vlm.errors import UsageError
 from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine
 from vlm.generation.request import Generation, Prompt
-from vlm.generation.text import text_of
 from vlm.inputs import as_list, check_length, filled, parts, picture_key
 from vlm.likelihood import reply_likelihoods, text_likelihoods
 from vlm.lora import load_lora, merge_lora
 from vlm.model import VLMModel
-from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, slots_of
+from vlm.processing import MASK, VLMProcessor, check_places, pictures_of
 from vlm.quantization import check_scheme, is_quantized
 from vlm.quantization import quantize as quantize_model
-from vlm.saving import decoding_defaults, read
+from vlm.saving import read
 
 Messages = Sequence[dict[str, Any]]
 
@@ -286,29 +285,27 @@ class VLM:
     ) -> list[list[str]]:
         """`n` texts for each of `count` prompts, best first."""
         found: list[list[tuple[float, str]]] = [[] for _ in range(count)]
-        for place, mean, text in self._ended(prompts, decoding, n, batch_size, min(batch_size, count * n)):
-            found[place].append((mean, text))
+        at_once = min(batch_size, count * _drawn(decoding, n))
+        for place, worth, text in self._ended(prompts, decoding, n, batch_size, at_once):
+            found[place].append((worth, text))
         return [[text for _, text in sorted(texts, key=lambda told: -told[0])] for texts in found]
 
     def _ended(
-        self, prompts: Iterable[Prompt], decoding: Decoding, n: int, batch_size: int, rows: int
+        self, prompts: Iterable[Prompt], decoding: Decoding, n: int, batch_size: int, at_once: int
     ) -> Iterator[tuple[int, float, str]]:
         """Replies as they end, `n` to each prompt: the prompt's number, what the reply is worth beside its like, its text."""
-        if decoding.num_beams > 1:
-            searched = (texts for part in parts(prompts, batch_size) for texts in self._search(part, decoding, n))
-            for place, texts in enumerate(searched):
-                yield from ((place, -float(rank), text) for rank, text in enumerate(texts))
-            return
+        drawn = _drawn(decoding, n)
         running: dict[Generation, int] = {}
 
         def step(engine: Engine) -> Iterator[tuple[int, float, str]]:
             for one in engine.step():
                 if one.finish_reason is not None:
-                    yield running.pop(one), one.log_probability / (len(one.tokens) + 1), one.text
+                    place = running.pop(one)
+                    yield from ((place, worth, text) for worth, text in one.best(n))
 
-        with self._engine_of(rows) as engine:
+        with self._engine_of(at_once * decoding.num_beams) as engine:
             for place, prompt in enumerate(prompts):
-                for number in range(place * n, place * n + n):
+                for number in range(place * drawn, place * drawn + drawn):
                     running[engine.add(prompt, _numbered(decoding, number))] = place
                 while engine.waiting >= batch_size:
                     yield from step(engine)
@@ -336,35 +333,6 @@ class VLM:
             if self._own_engine is not None:
                 self._own_engine.cancel_all()
             self._own_engine_free.release()
-
-    def _search(self, prompts: Sequence[Prompt], decoding: Decoding, n: int) -> list[list[str]]:
-        """The `n` best of a beam search for each prompt, by Hugging Face's `generate`."""
-        lengths = [len(prompt.ids) for prompt in prompts]
-        room = min(check_length(self.model, length, new=1) for length in lengths)
-        if len(prompts) > 1 and room < decoding.max_new_tokens:
-            # The longest of the rows would cut the others short.
-            return [self._search([prompt], decoding, n)[0] for prompt in prompts]
-        longest, pad = max(lengths), self.processor.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(prompt.ids)) + prompt.ids for prompt in prompts])
-        real = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
-        inputs = BatchFeature({"input_ids": ids, "attention_mask": real.long()})
-        pixels = [prompt.pixels for prompt in prompts if prompt.pixels is not None]
-        if pixels:
-            inputs["pixel_values"] = torch.cat(pixels)
-            inputs["image_slots"] = slots_of([len(prompt.picture_keys) for prompt in prompts])
-        config = decoding.beams(decoding_defaults(self.processor), room, n)
-        tokens = self.model.generate(**inputs.to(self.model.device), generation_config=config)[:, longest:].tolist()
-        ends = {self.processor.tokenizer.pad_token_id, *self.processor.end_token_ids}
-        texts = [
-            text_of(
-                self.processor.tokenizer,
-                [token for token in row if token not in ends],
-                prompts[place // n].before,
-                decoding.stop,
-            )
-            for place, row in enumerate(tokens)
-        ]
-        return list(parts(texts, n))
 
     def _fill_one(self, text: str, top_k: int) -> list[tuple[str, float]]:
         tokenizer, masked = self.processor.tokenizer, self.model.config.reading == "masked"
@@ -400,6 +368,11 @@ def _checked(decoding: Decoding, n: int) -> Decoding:
             f"raise temperature, or num_beams to {n}"
         )
     return decoding
+
+
+def _drawn(decoding: Decoding, n: int) -> int:
+    """How many requests `n` replies take: each is drawn by itself, or one search finds them all."""
+    return 1 if decoding.num_beams > 1 else n
 
 
 def _numbered(decoding: Decoding, number: int) -> Decoding:

@@ -41,10 +41,8 @@ def filled(text: str, what: str) -> str:
     return text
 
 
-def check_length(model: VLMModel, length: int, new: int = 0) -> int:
-    """How many positions are left after `length` tokens. Raises UsageError where `new` of them must be and are not."""
-    limit = model.max_tokens or length + 2**20
-    if length + new > limit:
-        more = f" and {new} to come" if new else ""
-        raise UsageError(f"the text has {length} tokens{more} and the language model takes {limit}; shorten it")
-    return limit - length
+def check_length(model: VLMModel, length: int) -> None:
+    """Raises UsageError for more tokens than the language model takes."""
+    limit = model.max_tokens
+    if limit is not None and length > limit:
+        raise UsageError(f"the text has {length} tokens and the language model takes {limit}; shorten it")

@@ -105,6 +105,25 @@ def test_replies_that_come_one_by_one_are_those_that_come_together(talker, pictu
         next(talker.generate_each(conversations, batch_size=0))
 
 
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_the_best_replies_of_a_search_are_those_of_generate(talker, pictures, batch_size):
+    conversations = [user_turn(pictures[:number], f"Question {number}?") for number in range(3)]
+    options = {"max_new_tokens": 5, "num_beams": 4, "length_penalty": 2.0, "early_stopping": "never"}
+    expected = []
+    for messages in conversations:
+        inputs = talker.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        told = options | {"do_sample": False, "eos_token_id": 1, "pad_token_id": 0, "num_return_sequences": 3}
+        new = talker.model.generate(**inputs, **told)[:, inputs["input_ids"].shape[1] :]
+        expected.append([text.strip() for text in talker.processor.batch_decode(new, skip_special_tokens=True)])
+    assert talker.generate(conversations, n=3, batch_size=batch_size, **options) == expected
+    assert talker.generate(conversations[0], n=2, **options) == expected[0][:2]
+    assert talker.generate(conversations, batch_size=batch_size, **options) == [texts[0] for texts in expected]
+    with pytest.raises(UsageError, match="n is 5, temperature is 0 and num_beams is 4"):
+        talker.generate(conversations[0], n=5, **options)
+
+
 def test_questions_on_one_picture_prepare_it_once(talker, pictures):
     seen: list[int] = []
     hook = talker.model.vision.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))

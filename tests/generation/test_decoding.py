@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from transformers import GenerationConfig
 
 from vlm.errors import UsageError
 from vlm.generation.decoding import Decoding
@@ -25,6 +24,9 @@ from vlm.generation.decoding import Decoding
         ("repetition_penalty", 0.0, "above 0"),
         ("repetition_penalty", float("inf"), "above 0"),
         ("num_beams", 0, "at least 1"),
+        ("length_penalty", float("nan"), "at least -10 and at most 10"),
+        ("length_penalty", 10.1, "at least -10 and at most 10"),
+        ("early_stopping", "always", "True, False or 'never'"),
     ],
 )
 def test_a_setting_that_means_nothing_is_refused(setting, value, wanted):
@@ -50,8 +52,9 @@ def test_settings_do_not_change_and_one_stop_string_is_a_list_of_one():
     assert Decoding(stop="\n").stop == Decoding(stop=["\n"]).stop == ("\n",)
 
 
-def test_beams_take_the_models_own_tokens_and_the_room_there_is():
-    defaults = GenerationConfig(eos_token_id=[1], pad_token_id=0, suppress_tokens=[3])
-    config = Decoding(num_beams=4, max_new_tokens=9).beams(defaults, room=5, best=2)
-    assert (config.num_beams, config.num_return_sequences, config.max_new_tokens) == (4, 2, 5)
-    assert config.do_sample is False and config.eos_token_id == [1] and config.suppress_tokens == [3]
+@pytest.mark.parametrize(("setting", "value"), [("length_penalty", 2.0), ("early_stopping", True)])
+def test_what_judges_a_search_needs_one(setting, value):
+    with pytest.raises(
+        UsageError, match=f"{setting} is {value} and num_beams is 1, which searches nothing; raise num_beams"
+    ):
+        Decoding(**{setting: value})

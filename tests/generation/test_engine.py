@@ -306,7 +306,6 @@ def test_a_request_that_cannot_be_served_is_refused(model, make_model, make_engi
         (Prompt([9] * 20), Decoding(), "has 20 tokens and 1 to come and this engine takes 20"),
         (Prompt([9, IMAGE]), Decoding(), "1 <image> places and 0 pictures"),
         (Prompt([9], PICTURES[:2]), Decoding(), "0 <image> places and 2 pictures"),
-        (Prompt([9]), Decoding(num_beams=2), "num_beams is 2; beams are searched apart"),
     ):
         with pytest.raises(UsageError, match=message):
             engine.add(prompt, decoding)

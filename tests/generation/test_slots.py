@@ -48,8 +48,8 @@ def test_rows_change_places_and_are_copied_as_far_as_asked():
     expected = keys.clone()
     expected[0, :, :6], expected[2, :, :6] = keys[2, :, :6], keys[0, :, :6]
     assert torch.equal(read(slots), expected)
-    slots.copy(1, 0, 3)
-    expected[0, :, :3] = expected[1, :, :3]
+    slots.copy([1, 1], [0, 2], 2, 5)
+    expected[0, :, 2:5] = expected[2, :, 2:5] = keys[1, :, 2:5]
     assert torch.equal(read(slots), expected)
 
 

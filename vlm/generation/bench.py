@@ -29,6 +29,7 @@ from .request import Prompt
 WIDTH, DEPTH, HEADS, INNER, WORDS = 768, 12, 12, 2048, 32_000
 IMAGE, PROMPT, NEW = 3, 16, 32  # the token of a picture; tokens of a prompt, and of a reply
 BATCHES = {1: "≥ 1.4", 8: "≥ 2.5"}  # rows at once -> the ratio to Idefics that is asked for
+BEAMS, SEARCHES = 4, (1, 4)  # of a request, and requests at once
 HALF_BILLION = {
     "vocab_size": 151_936,
     "hidden_size": 1024,
@@ -58,6 +59,7 @@ def bench_decode(against: str | None, rounds: int) -> list[Row]:
     benches = {
         "hf-idefics": beside_idefics,
         "hf-generate": beside_generate,
+        "hf-beams": beside_beams,
         "fp32": beside_float32,
         "bandwidth": beside_bandwidth,
     }
@@ -71,7 +73,7 @@ def beside_idefics(rounds: int) -> list[Row]:
     """The engine beside Hugging Face's Idefics (Flamingo's idea too), which projects the image again for every token."""
     model, peer = composite(), idefics()
     return [
-        _row(f"decode, {rows} at once, beside Idefics", model, partial(idefics_seconds, peer), rows, rounds, target)
+        _row(f"decode, {rows} at once, beside Idefics", ours, partial(idefics_seconds, peer), rows, rounds, target)
         for rows, target in BATCHES.items()
     ]
 
@@ -82,6 +84,16 @@ def beside_generate(rounds: int) -> list[Row]:
     return [
         _row(f"decode, {rows} at once, beside generate", model, partial(generate_seconds, model), rows, rounds)
         for rows in BATCHES
+    ]
+
+
+def beside_beams(rounds: int) -> list[Row]:
+    """The engine beside `model.generate`, both searching with as many beams."""
+    model = composite()
+    ours, theirs = partial(engine_seconds, model, beams=BEAMS), partial(generate_seconds, model, beams=BEAMS)
+    return [
+        _row(f"decode, {rows} at once with {BEAMS} beams, beside generate", ours, theirs, rows, rounds)
+        for rows in SEARCHES
     ]
 
 

@@ -48,9 +48,35 @@ def choose(logits: Tensor, choosers: Sequence[Chooser], said: Sequence[Sequence[
     return tokens.tolist(), told.tolist()
 
 
+def continuations(
+    logits: Tensor,
+    totals: Sequence[float],
+    said: Sequence[Sequence[int]],
+    *,
+    penalty: float,
+    never: int | None,
+    count: int,
+) -> list[tuple[float, int, int]]:
+    """The `count` likeliest ways for rows of logits (B, V) to go on, of all rows together, the likeliest first.
+
+    totals: the log-probability of each row so far. Each way is (log-probability with its word, row, word). Words that were
+    `said` are penalised as log-probabilities and the word `never` is left out after that, both as in the beam search of
+    Hugging Face's `generate`.
+    """
+    told = logits.float().log_softmax(dim=-1)
+    if penalty != 1.0:
+        told = torch.stack([penalise(row, words, penalty) for row, words in zip(told, said, strict=True)])
+    if never is not None:
+        told[:, never] = -torch.inf
+    sums = (told + torch.tensor(totals, dtype=told.dtype, device=told.device)[:, None]).flatten()  # (B · V,)
+    best, places = sums.topk(min(count, len(sums)))
+    ways = zip(best.tolist(), places.tolist(), strict=True)
+    return [(total, *divmod(place, logits.shape[1])) for total, place in ways if total != -torch.inf]
+
+
 def penalise(logits: Tensor, said: Sequence[int], penalty: float) -> Tensor:
-    """Logits (V,) with those of words already said divided by `penalty`, or multiplied where negative (CTRL, Keskar et al.
-    2019, section 4.1)."""
+    """Logits or log-probabilities (V,), those of words already said divided by `penalty`, or multiplied where negative (CTRL,
+    Keskar et al. 2019, section 4.1)."""
     words = torch.tensor(sorted(set(said)), device=logits.device)
     scores = logits[words]
     return logits.index_copy(0, words, torch.where(scores < 0, scores * penalty, scores / penalty))

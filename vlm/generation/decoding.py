@@ -6,8 +6,7 @@ Knows numbers and what they may be. Knows nothing of models, tokens or pictures.
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from transformers import GenerationConfig
+from typing import Literal
 
 from vlm.errors import UsageError
 
@@ -19,7 +18,9 @@ class Decoding:
     max_new_tokens: at most this many. temperature: 0 takes the likeliest token, above 0 samples.
     top_k, top_p, min_p: sample among the k likeliest, the likeliest that hold p of the probability, or those with at least
     min_p of the likeliest one's. repetition_penalty: divides the logits of words that were said (CTRL, Keskar et al. 2019).
-    num_beams: beam search, which does not sample. stop: strings that end the reply and are no part of it.
+    num_beams: beam search, which does not sample. length_penalty: a reply is worth the sum of its log-probabilities divided
+    by its length to this power. early_stopping: whether the search ends as soon as `num_beams` replies are whole; False, when
+    no better one is likely; "never", when none is possible. stop: strings that end the reply and are no part of it.
     seed: makes sampling repeatable; the global random state is left as it was. None draws from that state.
     """
 
@@ -30,6 +31,8 @@ class Decoding:
     min_p: float | None = None
     repetition_penalty: float = 1.0
     num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -42,6 +45,8 @@ class Decoding:
             ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "at least 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
             ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("length_penalty", -10 <= self.length_penalty <= 10, "at least -10 and at most 10"),
+            ("early_stopping", self.early_stopping in ("never", True, False), "True, False or 'never'"),
         ):
             if not fits:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be {wanted}")
@@ -56,15 +61,8 @@ class Decoding:
                 raise UsageError(
                     f"{name} is {getattr(self, name)} and temperature is 0, which does not sample; raise one"
                 )
-
-    def beams(self, defaults: GenerationConfig, room: int, best: int = 1) -> GenerationConfig:
-        """Beam search for Hugging Face's `generate`: a model's `defaults` (token ids), at most `room` tokens, `best` replies."""
-        kept = {name: getattr(defaults, name) for name in ("eos_token_id", "pad_token_id", "suppress_tokens")}
-        return GenerationConfig(
-            **kept,
-            do_sample=False,
-            max_new_tokens=min(self.max_new_tokens, room),
-            num_beams=self.num_beams,
-            num_return_sequences=best,
-            repetition_penalty=self.repetition_penalty,
-        )
+        for name, none in (("length_penalty", 1.0), ("early_stopping", False)):
+            if self.num_beams == 1 and getattr(self, name) != none:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)} and num_beams is 1, which searches nothing; raise num_beams"
+                )

@@ -12,9 +12,10 @@ from functools import cached_property
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .beams import BeamSearch, Hypothesis
 from .choosing import Chooser
 from .decoding import Decoding
-from .text import ReplyText
+from .text import ReplyText, text_of
 
 
 @dataclass(frozen=True)
@@ -46,23 +47,28 @@ class Prompt:
 class Generation:
     """One reply: what is there of it, and how it ended.
 
-    tokens: new ones so far, without the one that ends it. finish_reason: None while it goes on; "stop" (its end was said, or a
-    stop string), "length" (no more tokens were asked for, or there is no room) or "cancelled".
+    most: new tokens at most. tokens: new ones so far, without the one that ends it. finish_reason: None while it goes on;
+    "stop" (its end was said, or a stop string), "length" (no more tokens were asked for, or there is no room) or "cancelled".
     reused: prompt tokens that had not to be read again. log_probability: natural, of all tokens and the end.
+    search: where there are beams. Nothing can be shown until it is over, for any of them may be the reply.
     """
 
     prompt: Prompt
     decoding: Decoding
     tokenizer: PreTrainedTokenizerBase
+    most: int
     tokens: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     reused: int = 0
     log_probability: float = 0.0
+    search: BeamSearch | None = None
 
     def __post_init__(self) -> None:
         self._text = ReplyText(self.tokenizer, self.prompt.before, self.decoding.stop)
         self._taken = 0
         self.chooser = Chooser(self.decoding)
+        if self.decoding.num_beams > 1:
+            self.search = BeamSearch(self.decoding, self.most, self._text if self.decoding.stop else None)
 
     @property
     def text(self) -> str:
@@ -80,8 +86,18 @@ class Generation:
         self._taken = len(self.text)
         return text
 
-    def add(self, token: int, log_probability: float, ends: bool, room: int) -> None:
-        """The next token; `ends` says that it ends the reply, `room` how many positions are left after it."""
+    def best(self, n: int) -> list[tuple[float, str]]:
+        """What it is worth and its text, of a reply that has ended; of the `n` best hypotheses, the best first, if searched.
+
+        A reply that was not searched is worth the mean of its tokens' log-probabilities.
+        """
+        if self.search is None:
+            return [(self.log_probability / (len(self.tokens) + 1), self.text)]
+        before, stop = self.prompt.before, self.decoding.stop
+        return [(one.score, text_of(self.tokenizer, one.tokens, before, stop)) for one in self.search.hypotheses[:n]]
+
+    def add(self, token: int, log_probability: float, ends: bool) -> None:
+        """The next token; `ends` says that it ends the reply."""
         self.log_probability += log_probability
         if ends:
             self.end("stop")
@@ -90,8 +106,15 @@ class Generation:
         self._text.add(token)
         if self._text.stopped:
             self.end("stop")
-        elif len(self.tokens) >= self.decoding.max_new_tokens or room < 1:
+        elif len(self.tokens) >= self.most:
             self.end("length")
+
+    def settle(self, reply: Hypothesis) -> None:
+        """The search is over, and this is what it found."""
+        self.tokens, self.log_probability = reply.tokens, reply.log_probability
+        for token in reply.tokens:
+            self._text.add(token)
+        self.end(reply.finish_reason)
 
     def end(self, reason: str) -> None:
         """No token comes any more."""

@@ -7,6 +7,8 @@ Shapes: B rows and L tokens of a pass, R rows of the room, A adapters, M picture
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -99,6 +101,11 @@ class Gallery:
         """(B, A, 2, K, M·S, d) for `rows` rows from `first` on that show at most `slots` pictures each; no copy."""
         assert self.store is not None and self.shape is not None, "hung before it is seen"
         return self.store[first : first + rows, :, : slots * self.picture_tokens].unflatten(1, self.shape[:3])
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Show in each of the rows `targets` what its row of `sources` shows."""
+        if self.store is not None:
+            self.store[list(targets)] = self.store[list(sources)]
 
     def swap(self, one: int, other: int) -> None:
         """Exchange what two rows show."""

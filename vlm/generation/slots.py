@@ -8,6 +8,7 @@ Shapes: R rows of the room, P positions a row, B rows and L tokens of one pass, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -55,11 +56,13 @@ class Slots:
                 tensor[one, :, :length] = tensor[other, :, :length]
                 tensor[other, :, :length] = held
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Give row `target` the first `length` positions of row `source`."""
+    def copy(self, sources: Sequence[int], targets: Sequence[int], start: int, end: int) -> None:
+        """Give each of the rows `targets` the positions from `start` to `end` of its row of `sources`."""
         for layer in self.layers:
             for tensor in layer.tensors():
-                tensor[target, :, :length] = tensor[source, :, :length]
+                part, device = tensor[:, :, start:end], tensor.device
+                held = part.index_select(0, torch.tensor(sources, device=device))
+                part.index_copy_(0, torch.tensor(targets, device=device), held)
 
 
 class _Layer:

@@ -6,6 +6,7 @@ Knows tokens and strings. Knows nothing of models or requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 from transformers import PreTrainedTokenizerBase
 
@@ -37,6 +38,13 @@ class ReplyText:
         if len(now) > len(known) and not now.endswith(UNFINISHED):
             self.context, self.read = self.read, len(self.tokens)
             self._hold(now[len(known) :])
+
+    def after(self, token: int) -> ReplyText:
+        """The text with one token more; this one stays as it is."""
+        longer = copy(self)
+        longer.tokens = list(self.tokens)
+        longer.add(token)
+        return longer
 
     def end(self) -> None:
         """No token comes any more: show all that was held back."""

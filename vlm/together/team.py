@@ -239,4 +239,4 @@ class TogetherVLM(VLM):
 
     fill_mask, match = _shared("fill_mask"), _shared("match")
     loglikelihood, loglikelihood_rolling = _shared("loglikelihood"), _shared("loglikelihood_rolling")
-    embed_image, embed_text, _search = _shared("embed_image"), _shared("embed_text"), _shared("_search")
+    embed_image, embed_text = _shared("embed_image"), _shared("embed_text")
