@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlm.errors import UsageError
 from vlm.generation.beams import BeamSearch
+from vlm.generation.choosing import continuations
 from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine
 from vlm.generation.request import Generation, Prompt
@@ -34,42 +36,37 @@ def prompts_of(seed: int, count: int) -> list[Prompt]:
 def judged(model, prompt: Prompt, decoding: Decoding, **options) -> tuple[list[list[int]], torch.Tensor | None]:
     """The new tokens of the k best replies by `generate`, without the end, and their scores."""
     ids = torch.tensor([prompt.ids])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        **({} if prompt.pixels is None else {"pixel_values": prompt.pixels}),
-        do_sample=False,
-        eos_token_id=ENDS,
-        pad_token_id=0,
-        suppress_tokens=[IMAGE],
-        max_new_tokens=decoding.max_new_tokens,
-        num_beams=decoding.num_beams,
-        num_return_sequences=decoding.num_beams,
-        length_penalty=decoding.length_penalty,
-        early_stopping=decoding.early_stopping,
-        repetition_penalty=decoding.repetition_penalty,
-        output_scores=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-    rows = out.sequences[:, len(prompt.ids) :].tolist()
-    whole = [row[: next((n for n, token in enumerate(row) if token in ENDS), None)] for row in rows]
+    told = {
+        "do_sample": False,
+        "eos_token_id": ENDS,
+        "pad_token_id": 0,
+        "suppress_tokens": [IMAGE],
+        "num_return_sequences": decoding.num_beams,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    names = ("max_new_tokens", "num_beams", "length_penalty", "early_stopping", "repetition_penalty")
+    told |= {name: getattr(decoding, name) for name in names} | options
+    if prompt.pixels is not None:
+        told["pixel_values"] = prompt.pixels
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **told)
+    rows, ends = out.sequences[:, len(prompt.ids) :].tolist(), told["eos_token_id"]
+    whole = [row[: next((n for n, token in enumerate(row) if token in ends), None)] for row in rows]
     return whole, getattr(out, "sequences_scores", None)
 
 
-def assert_found(generation: Generation, expected: tuple[list[list[int]], torch.Tensor]) -> None:
+def assert_found(search: BeamSearch | None, expected: tuple[list[list[int]], torch.Tensor | None]) -> None:
     """The same replies in the same order, and the same scores."""
-    assert generation.search is not None
-    found = generation.search.hypotheses
-    assert [one.tokens for one in found] == expected[0]
-    torch.testing.assert_close(torch.tensor([one.score for one in found]), expected[1], rtol=1e-4, atol=1e-5)
-    assert generation.tokens == expected[0][0]
+    assert search is not None
+    assert [one.tokens for one in search.hypotheses] == expected[0]
+    scores = torch.tensor([one.score for one in search.hypotheses])
+    torch.testing.assert_close(scores, expected[1], rtol=1e-4, atol=1e-5)
 
 
 def lively(model):
     """The model with larger weights: a tiny one at birth says one word again and again, whatever it is asked."""
     with torch.no_grad():
-        for weight in model.language_model.parameters():
+        for weight in getattr(model, "language_model", model).parameters():
             if weight.ndim >= 2:
                 weight.mul_(6)
     return model
@@ -126,19 +123,30 @@ def test_requests_that_come_and_go_get_the_beams_of_generate(kind, make_model, m
         if generation.search is None:
             assert generation.tokens == judged(model, generation.prompt, generation.decoding)[0][0]
         else:
-            assert_found(generation, judged(model, generation.prompt, generation.decoding))
+            assert_found(generation.search, judged(model, generation.prompt, generation.decoding))
+            assert generation.tokens == generation.search.hypotheses[0].tokens
 
 
 @pytest.mark.parametrize(("penalty", "early"), WAYS)
-def test_every_way_of_ending_is_that_of_generate(penalty, early, model, make_engine):
-    engine = make_engine(model)
-    decoding = Decoding(12, num_beams=3, length_penalty=penalty, early_stopping=early, repetition_penalty=1.3)
-    generations = [engine.add(prompt, decoding) for prompt in prompts_of(3, 3)]
-    finish(engine)
-    for generation in generations:
-        assert_found(generation, judged(model, generation.prompt, decoding))
-    reasons = {one.finish_reason for generation in generations for one in generation.search.hypotheses}
-    lengths = {len(one.tokens) for generation in generations for one in generation.search.hypotheses}
+def test_every_way_of_ending_is_that_of_generate(penalty, early):
+    """The search alone, over a language of few words, where beams end early, late and several at once."""
+    ends, few = [1, 5, 8, 11], {"vocab_size": 14, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = lively(LlamaForCausalLM(LlamaConfig(**few, num_attention_heads=2, pad_token_id=0)).eval())
+    reasons, lengths = set(), set()
+    for seed, beams in enumerate([2, 3, 4, 5, 6] * 2):
+        prompt = Prompt([4, *random.Random(seed).choices(range(14), k=3)])
+        decoding = Decoding(7, num_beams=beams, length_penalty=penalty, early_stopping=early, repetition_penalty=1.2)
+        search = BeamSearch(decoding, 7, text=None)
+        while not search.over:
+            said = [prompt.ids + beam.tokens for beam in search.beams]
+            with torch.no_grad():
+                logits = model(torch.tensor(said)).logits[:, -1]
+            totals, count = [beam.log_probability for beam in search.beams], search.wanted(ends)
+            search.advance(continuations(logits, totals, said, penalty=1.2, never=IMAGE, count=count), ends)
+        assert_found(search, judged(model, prompt, decoding, eos_token_id=ends))
+        reasons |= {one.finish_reason for one in search.hypotheses}
+        lengths |= {len(one.tokens) for one in search.hypotheses}
     assert "stop" in reasons and len(lengths) > 1
 
 
@@ -156,7 +164,7 @@ def test_a_stop_string_ends_a_beam_as_in_generate(model, make_engine, make_token
     stopped = found(stop)
     for generation in stopped:
         options = {"stop_strings": list(stop), "tokenizer": make_tokenizer()}
-        assert_found(generation, judged(model, generation.prompt, generation.decoding, **options))
+        assert_found(generation.search, judged(model, generation.prompt, generation.decoding, **options))
         assert generation.text == generation.best(1)[0][1]
     shorter = [text for generation in stopped for _, text in generation.best(3)]
     assert any(string in text for string in stop for text in texts)
@@ -230,7 +238,7 @@ def test_a_prompt_is_read_once_and_its_picture_encoded_once(model, make_engine):
     for hook in hooks:
         hook.remove()
     assert encoded == [1] and read == [(1, 44)] + [(4, 1)] * (len(read) - 1)
-    assert_found(generation, judged(model, generation.prompt, generation.decoding))
+    assert_found(generation.search, judged(model, generation.prompt, generation.decoding))
 
 
 def test_only_what_beams_do_not_have_in_common_is_copied(model, make_engine, monkeypatch):
@@ -243,7 +251,7 @@ def test_only_what_beams_do_not_have_in_common_is_copied(model, make_engine, mon
     assert (len(set(sources)), len(set(targets)), start, end) == (1, 3, 0, 42)
     assert later and all(42 <= start < end for _, _, start, end in later)
     assert all(not set(sources) & set(targets) for sources, targets, _, _ in copied)
-    assert_found(generation, judged(model, generation.prompt, generation.decoding))
+    assert_found(generation.search, judged(model, generation.prompt, generation.decoding))
 
 
 def test_beams_in_eight_bits_are_copied_with_their_scales(model, make_engine):
@@ -256,6 +264,14 @@ def test_beams_in_eight_bits_are_copied_with_their_scales(model, make_engine):
         again = fresh.add(Prompt(prompt.ids + one.tokens[:-1], prompt.pixels), Decoding(1, num_beams=4))
         finish(fresh)
         assert one.tokens[-1:] in [other.tokens for other in again.search.hypotheses]
+
+
+def test_a_row_that_held_the_same_words_with_another_picture_is_read_from_its_parent(model, make_engine):
+    engine = make_engine(model, rows=4)
+    for shown in ([0], [1]):
+        generation = engine.add(Prompt([8, IMAGE, *range(20, 60)], PICTURES[shown]), Decoding(6, num_beams=4))
+        finish(engine)
+        assert_found(generation.search, judged(model, generation.prompt, generation.decoding))
 
 
 # Who gets rows
@@ -273,7 +289,7 @@ def test_a_search_waits_for_a_row_for_each_beam_and_is_not_overtaken(model, make
         engine.step()
     finish(engine)
     for generation in (first, second):
-        assert_found(generation, judged(model, generation.prompt, generation.decoding))
+        assert_found(generation.search, judged(model, generation.prompt, generation.decoding))
 
 
 def test_a_search_that_is_cancelled_frees_its_rows(model, make_engine):
@@ -288,7 +304,7 @@ def test_a_search_that_is_cancelled_frees_its_rows(model, make_engine):
     assert not engine.running and engine.room.free == 4
     finish(engine)
     assert [one.finish_reason for one in (reading, searching, waiting)] == ["cancelled"] * 3
-    assert_found(last, judged(model, last.prompt, last.decoding))
+    assert_found(last.search, judged(model, last.prompt, last.decoding))
 
 
 def test_the_text_is_there_at_the_end(model, make_engine):
@@ -304,7 +320,7 @@ def test_a_search_ends_where_the_room_ends(model, make_engine):
     engine = make_engine(model, length=20)
     generation = engine.add(Prompt([9] * 12), Decoding(64, num_beams=3, early_stopping="never", length_penalty=2.0))
     finish(engine)
-    assert_found(generation, judged(model, generation.prompt, replace(generation.decoding, max_new_tokens=8)))
+    assert_found(generation.search, judged(model, generation.prompt, replace(generation.decoding, max_new_tokens=8)))
 
 
 def test_more_beams_than_rows_are_refused(model, make_engine):

@@ -71,7 +71,7 @@ def bench_decode(against: str | None, rounds: int) -> list[Row]:
 
 def beside_idefics(rounds: int) -> list[Row]:
     """The engine beside Hugging Face's Idefics (Flamingo's idea too), which projects the image again for every token."""
-    model, peer = composite(), idefics()
+    ours, peer = partial(engine_seconds, composite()), idefics()
     return [
         _row(f"decode, {rows} at once, beside Idefics", ours, partial(idefics_seconds, peer), rows, rounds, target)
         for rows, target in BATCHES.items()
@@ -81,10 +81,8 @@ def beside_idefics(rounds: int) -> list[Row]:
 def beside_generate(rounds: int) -> list[Row]:
     """The engine beside `model.generate`, all requests of one length: its best case."""
     model = composite()
-    return [
-        _row(f"decode, {rows} at once, beside generate", model, partial(generate_seconds, model), rows, rounds)
-        for rows in BATCHES
-    ]
+    ours, theirs = partial(engine_seconds, model), partial(generate_seconds, model)
+    return [_row(f"decode, {rows} at once, beside generate", ours, theirs, rows, rounds) for rows in BATCHES]
 
 
 def beside_beams(rounds: int) -> list[Row]:
@@ -106,7 +104,8 @@ def beside_float32(rounds: int) -> list[Row]:
         quantize(smaller, scheme)
         for at_once, target in targets.items():
             name = f"{scheme} decode, {at_once} at once, beside float32"
-            rows.append(_row(name, smaller, full, at_once, rounds, target, _shape(model)))
+            ours = partial(engine_seconds, smaller)
+            rows.append(_row(name, ours, full, at_once, rounds, target, _shape(model)))
     return rows
 
 
@@ -130,18 +129,16 @@ def beside_bandwidth(rounds: int) -> list[Row]:
 
 def _row(
     name: str,
-    model: VLMModel,
+    ours: Callable[[int, int], float],
     peer: Callable[[int, int], float],
     rows: int,
     rounds: int,
     target: str = "",
     shape: str = SHAPE,
 ) -> Row:
-    ours, theirs = interleaved(
-        lambda: tokens_per_second(partial(engine_seconds, model), rows), lambda: tokens_per_second(peer, rows), rounds
-    )
+    fast, theirs = interleaved(lambda: tokens_per_second(ours, rows), lambda: tokens_per_second(peer, rows), rounds)
     conditions = f"{shape}; {PROMPT} + {NEW} tokens a row, {torch.get_num_threads()} threads"
-    return Row(name, ours, theirs, "tokens/s", conditions, target)
+    return Row(name, fast, theirs, "tokens/s", conditions, target)
 
 
 def tokens_per_second(seconds: Callable[[int, int], float], rows: int) -> float:
@@ -150,28 +147,30 @@ def tokens_per_second(seconds: Callable[[int, int], float], rows: int) -> float:
     return rows * (NEW - 1) / (whole - first)
 
 
-def engine_seconds(model: VLMModel, rows: int, new_tokens: int) -> float:
+def engine_seconds(model: VLMModel, rows: int, new_tokens: int, beams: int = 1) -> float:
     """Of an engine of their own, uncompiled."""
-    return seconds_of(Engine(model, Mute(), [], rows=rows, length=PROMPT + NEW), rows, new_tokens)
+    engine = Engine(model, Mute(), [], rows=rows * beams, length=PROMPT + NEW)
+    return seconds_of(engine, rows, new_tokens, beams)
 
 
-def seconds_of(engine: Engine, rows: int, new_tokens: int) -> float:
+def seconds_of(engine: Engine, rows: int, new_tokens: int, beams: int = 1) -> float:
     """Requests with a picture each, if the model looks at all; all there from the start."""
     ids, pixels = inputs(rows)
     looks = engine.model.config.image_token_id is not None
     for words, picture in zip(ids.tolist(), pixels, strict=True):
-        engine.add(Prompt(words, picture[None] if looks else None), Decoding(max_new_tokens=new_tokens))
+        engine.add(Prompt(words, picture[None] if looks else None), Decoding(new_tokens, num_beams=beams))
     start = time.perf_counter()
     while engine.busy:
         engine.step()
     return time.perf_counter() - start
 
 
-def generate_seconds(model: VLMModel, rows: int, new_tokens: int) -> float:
+def generate_seconds(model: VLMModel, rows: int, new_tokens: int, beams: int = 1) -> float:
     """The same by Hugging Face's loop."""
     ids, pixels = inputs(rows)
     start = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **_greedy(new_tokens))
+    how = _greedy(new_tokens) | {"num_beams": beams}
+    model.generate(ids, attention_mask=torch.ones_like(ids), pixel_values=pixels, **how)
     return time.perf_counter() - start
 
 
