@@ -52,8 +52,8 @@ def build(config: Config) -> tuple[VLMModel, VLMProcessor]:
         model, processor = read(config.model.path, dtype="float32")
         if is_quantized(model):
             raise UsageError(
-                f"model.path {config.model.path} is quantized and its weights cannot learn; train the full-precision model "
-                "and quantize that"
+                f"model.path {config.model.path} is quantized and its weights cannot learn; train the full-precision model, "
+                "with model.quantize and lora if it shall take as little memory"
             )
         if config.model.rope_scaling is not None:
             model = _longer(model, config.model.rope_scaling)

@@ -236,25 +236,38 @@ def _own(parameter: nn.Parameter) -> Tensor:
 
 
 def plain_model(
-    trained: VLMModel, weights: dict[str, Tensor], stage: Stage, base: str | None = None, adapter: Path | None = None
+    trained: VLMModel,
+    weights: dict[str, Tensor],
+    stage: Stage,
+    original: VLMModel | None = None,
+    base: str | None = None,
+    adapter: Path | None = None,
 ) -> VLMModel:
     """A model of its own with `weights` (of `full_weights`), LoRA merged into it; by the main rank alone.
 
+    original: what the stage began with, for one that holds it quantized; what did not train stays as it is there, in full.
     adapter: with LoRA, where to write what the stage trained, for the model whose hash before the stage was `base`.
     """
-    with torch.random.fork_rng(devices=[]):
-        model = VLMModel(trained.config)
-    if stage.lora is None:
-        model.load_state_dict(weights)
-        return model
-    add_lora(model, **stage.lora.model_dump())
+    if original is None:
+        with torch.random.fork_rng(devices=[]):
+            model = VLMModel(trained.config)
+    else:
+        model = original
+    if stage.lora is not None:
+        add_lora(model, **stage.lora.model_dump())
+    if original is not None:
+        kept = model.state_dict()
+        frozen = {name for name, value in trained.named_parameters(remove_duplicate=False) if not value.requires_grad}
+        weights = kept | {name: value for name, value in weights.items() if name in kept and name not in frozen}
     model.load_state_dict(weights)
+    if stage.lora is None:
+        return model
     if adapter is not None and base is not None:
         others = {
             name: weights[name]
             for name, parameter in trained.named_parameters()
             if parameter.requires_grad and "lora_" not in name
         }
-        save_lora(model, adapter, base, others)
+        save_lora(model, adapter, base, others, trained.config.quantization)
     merge_lora(model)
     return model

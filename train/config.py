@@ -119,6 +119,11 @@ class Model(Section):
         None, description="pretrained language model, Hugging Face id or path; or family and sizes, from scratch"
     )
     tokenizer: Tokenizer = Field(Tokenizer(), description="for a language model from scratch")
+    quantize: Literal["int8", "int4"] | None = Field(
+        None,
+        description="hold the language model's linear layers in so few bits, frozen, and let lora and the adapters learn "
+        "beside them (QLoRA, Dettmers et al. 2023)",
+    )
     rope_scaling: RopeScaling | None = Field(
         None, description="longer texts for a language model with rotary positions, e.g. {type: yarn, factor: 4}"
     )
@@ -134,6 +139,11 @@ class Model(Section):
             raise ValueError(f"model.{missing} is missing; give vision and text, or the path of a saved model")
         if isinstance(self.text, str) and self.tokenizer != Tokenizer():
             raise ValueError(f"model.tokenizer is set, and text {self.text!r} brings its own; remove model.tokenizer")
+        if self.quantize is not None and isinstance(self.text, TextSizes):
+            raise ValueError(
+                f"model.quantize is {self.quantize}, and model.text is made from nothing and has to learn; name a pretrained "
+                "one, or remove quantize"
+            )
         return self
 
 

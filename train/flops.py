@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from vlm.adapters import CrossAttention
 from vlm.model import VLMModel
+from vlm.quantization import layers
 
 from .batches import Batch
 from .objectives import Objective
@@ -170,6 +171,8 @@ def _language_model(model: VLMModel, through: float) -> tuple[Cost, Cost]:
     for name, parameter in _matrices(model.language_model):
         if parameter is not head_weight:
             body.add(parameter, chosen / experts if ".experts." in name else 1.0)
+    for _, layer in layers(model.language_model):
+        body.weights += layer.in_features * layer.out_features
     if head_weight is not None:
         head.add(head_weight)
     return body, head

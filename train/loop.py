@@ -45,6 +45,7 @@ from .gauges import gradient_norms, look
 from .log import RunLog
 from .objectives import OBJECTIVES
 from .optimization import choose_trainable, make_optimizer, rate, set_rates, state_bytes
+from .quantized import check_quantized, original, quantize_base
 from .ranks import data_rank, data_ranks, is_main, join, sums
 from .step import prepare
 from .stopping import StopSignal
@@ -95,6 +96,7 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
         raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
     check_model(model, config.tensor_parallel)
+    check_quantized(config, model)
     log = RunLog(out, is_main(), append=resume, boards=config.log)
     run = Run(config, data, processor, log, checkpoints, StopSignal())
     data.check(model, processor)
@@ -160,7 +162,7 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
             watch.report(totals, progress, progress.share(stage), grad_norm, lr, seen)
             if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
                 with average.in_place() if average is not None else nullcontext():
-                    progress = judge(run, engine, frozen, held_out, progress)
+                    progress = judge(run, engine, frozen, held_out, progress, base)
             save_in_time(run, engine, average, progress)
     (memory,) = sums([peak_memory_gib()], engine.device)
     run.log.event("trained", peak_memory_gib=memory, **progress.position())
@@ -173,6 +175,7 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     """The engine of a stage, and the weights it freezes as they were, where it holds them in fewer bits."""
     config, stage = run.config, run.config.stages[number]
     ds_config = deepspeed_config(config, stage, data_ranks(), model.config.text_config.model_type)
+    quantize_base(config, model)
     model.set_attn_implementation(attention_of(config, stage))
     objective = OBJECTIVES[stage.objective](model, stage)
     if stage.lora is not None:
@@ -270,7 +273,12 @@ def is_watched(config: Config, progress: Progress) -> bool:
 
 
 def judge(
-    run: Run, engine: DeepSpeedEngine, frozen: dict[str, Tensor], held_out: list[Batch], progress: Progress
+    run: Run,
+    engine: DeepSpeedEngine,
+    frozen: dict[str, Tensor],
+    held_out: list[Batch],
+    progress: Progress,
+    base: str | None,
 ) -> Progress:
     """Validate; in the last stage keep the model in OUT/best if it is the best so far and that is asked for."""
     result = validate(engine, held_out)
@@ -281,7 +289,8 @@ def judge(
         folder = Path(run.config.out) / "best"
         weights = full_weights(engine, frozen)
         if is_main():
-            save(plain_model(engine.module.model, weights, engine.module.stage), run.processor, folder)
+            full = original(run.config, run.checkpoints, progress.stage, base)
+            save(plain_model(engine.module.model, weights, engine.module.stage, full), run.processor, folder)
         run.log.event("best", loss=progress.best_loss, path=str(folder), **progress.position())
     return progress
 
@@ -312,7 +321,8 @@ def leave(run: Run, engine: DeepSpeedEngine, frozen: dict[str, Tensor], progress
     trained = engine.module.model
     engine.destroy()
     if is_main():
-        model = plain_model(trained, weights, stage, base, out / "adapter")
+        full = original(run.config, run.checkpoints, progress.stage, base)
+        model = plain_model(trained, weights, stage, full, base, out / "adapter")
         following = Progress(progress.stage + 1)
         if following.stage < len(run.config.stages):
             run.checkpoints.save_start(model, run.processor, following)

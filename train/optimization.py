@@ -49,18 +49,23 @@ def choose_trainable(objective: Objective, stage: Stage) -> None:
                     f"{field} pattern {pattern!r} matches none of {len(parameters)} parameters; their names begin with "
                     f"{', '.join(parts)}"
                 )
-    towers = tuple(f"{TOWERS[tower][0]}." for tower in stage.lora.towers) if stage.lora is not None else ()
     for name, parameter in parameters.items():
-        beside_lora = name.startswith(towers) and "lora_" not in name
-        wanted = any(_matches(name, pattern) for pattern in stage.train)
-        frozen = beside_lora or any(_matches(name, pattern) for pattern in stage.freeze)
-        parameter.requires_grad_(wanted and not frozen and name.startswith(objective.reads()))
+        parameter.requires_grad_(shall_train(name, objective, stage))
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise UsageError(
             f"train {stage.train} and freeze {stage.freeze} leave objective {stage.objective} nothing to train, of "
             f"{len(parameters)} parameters; it reads those that begin with {', '.join(objective.reads())}"
         )
     _check_rates({name for name, parameter in parameters.items() if parameter.requires_grad}, stage)
+
+
+def shall_train(name: str, objective: Objective, stage: Stage) -> bool:
+    """Whether a stage trains the parameter of this name."""
+    towers = tuple(f"{TOWERS[tower][0]}." for tower in stage.lora.towers) if stage.lora is not None else ()
+    beside_lora = name.startswith(towers) and "lora_" not in name
+    wanted = any(_matches(name, pattern) for pattern in stage.train)
+    frozen = beside_lora or any(_matches(name, pattern) for pattern in stage.freeze)
+    return wanted and not frozen and name.startswith(objective.reads())
 
 
 def _check_rates(trained: set[str], stage: Stage) -> None:

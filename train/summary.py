@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from vlm.quantization import layers
+from vlm.quantized_linear import QuantizedLinear
+
 from .config import Stage
 from .optimization import factor_of
 
@@ -22,6 +25,10 @@ class _Part:
     trainable: int = 0
     dtypes: set[str] = field(default_factory=set)
     rates: set[float] = field(default_factory=set)
+
+    def add_quantized(self, layer: QuantizedLinear) -> None:
+        self.total += layer.in_features * layer.out_features
+        self.dtypes.add(layer.scheme)
 
     def add(self, parameter: nn.Parameter, rate: float) -> None:
         # Under ZeRO-3 a parameter is an empty shard that remembers its size as `ds_numel`.
@@ -42,18 +49,29 @@ def training_table(model: nn.Module, stage: Stage) -> str:
         rate = stage.lr * factor_of(name, stage)
         parts.setdefault(part, _Part()).add(parameter, rate)
         whole.add(parameter, rate)
+    for name, layer in layers(model):
+        parts.setdefault(name.partition(".")[0], _Part()).add_quantized(layer)
+        whole.add_quantized(layer)
     rows = [_row(name, part) for name, part in [*parts.items(), ("total", whole)]]
     return _aligned([HEADINGS, *rows])
 
 
 def training_totals(model: nn.Module, stage: Stage, state_bytes: int) -> str:
-    """How much trains, what the optimizer keeps for it over all ranks, and, with LoRA, what its adapter folder will hold."""
-    whole, adapter = _Part(), 0
+    """How much trains, what the optimizer keeps for it over all ranks, what LoRA's adapter folder will hold, and what a
+    quantized base takes on each rank."""
+    whole, adapter, quantized = _Part(), 0, [layer for _, layer in layers(model)]
+    for layer in quantized:
+        whole.add_quantized(layer)
     for name, parameter in model.named_parameters():
         whole.add(parameter, stage.lr)
         adapter += 4 * parameter.numel() if "lora_" in name or parameter.requires_grad else 0
     told = f"trains {whole.trainable:,} of {whole.total:,} parameters; optimizer state {state_bytes:,} bytes"
-    return told + (f"; adapter {adapter:,} bytes" if stage.lora is not None else "")
+    told += f"; adapter {adapter:,} bytes" if stage.lora is not None else ""
+    if quantized:
+        full = sum(4 * layer.in_features * layer.out_features for layer in quantized)
+        held = sum(layer.bytes for layer in quantized)
+        told += f"; {len(quantized)} quantized layers {held:,} bytes, {held / full:.2f} of float32"
+    return told
 
 
 def _row(name: str, part: _Part) -> tuple[str, ...]:

@@ -60,6 +60,9 @@ def check_settings(config: Config) -> None:
         return
     if config.zero == 3:
         raise UsageError(f"{together} works with zero 0, 1 or 2, and zero is {config.zero}; change one")
+    if config.model.quantize is not None:
+        scheme = config.model.quantize
+        raise UsageError(f"model.quantize {scheme} needs whole matrices, which {together} cuts up; change one")
     if config.compile:
         raise UsageError(f"{together} runs uncompiled, and compile is on; change one")
     for number, stage in enumerate(config.stages):

@@ -46,7 +46,8 @@ def load(
 
     device "auto": a CUDA GPU if there is one, else the CPU. dtype "auto": as saved. quantize: "int8" or "int4" quantizes the
     language model and the adapters as they are read; None, weights as saved, be they quantized or not.
-    adapter: the OUT/adapter that training with LoRA left, put onto its base and merged; onto a quantized base it is put beside.
+    adapter: the OUT/adapter that training with LoRA left, put onto its base and merged; a quantized base, or one that was
+    for the training and so becomes it again, has it beside.
     Raises UsageError for a folder that is missing, of another kind, or broken, for another `quantize`, and for one to
     quantize that is quantized already.
     """
@@ -58,7 +59,9 @@ def load(
         load_lora(model, adapter)
         if not is_quantized(model):
             merge_lora(model)
-    if quantize is not None:
+    if quantize is not None and not (
+        adapter is not None and (model.config.quantization or {}).get("scheme") == quantize
+    ):
         quantize_model(model, quantize)
     return VLM(model.to(place), processor)
 

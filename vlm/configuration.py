@@ -125,7 +125,7 @@ class VLMConfig(PreTrainedConfig):
     adapter: fields of `AdapterConfig`. embedding_dim: size of the shared contrastive space.
     image_token_id: the token that stands for a picture in the text. mask_token_id: the token that MLM fills in.
     matching: whether there is a head that judges if a text goes with a picture; training with `matching_weight` puts it in.
-    quantization: what `vlm.quantization.quantize` did, {"scheme": "int8" | "int4", "vision": bool}; None for nothing.
+    quantization: what `vlm.quantization.quantize` did, {"scheme": "int8" | "int4", "vision": bool, "base": bool}; None for nothing.
     """
 
     model_type = "vlm"

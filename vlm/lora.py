@@ -5,7 +5,8 @@ what.
 
 An adapter folder is what peft reads (`adapter_config.json`, `adapter_model.safetensors`, names relative to the language
 model), the same for the vision tower in a folder `vision/`, and beside them `trained.safetensors` with whatever else of
-the composite was trained, and `base.json`, which names the model that all this belongs to by the hash of its weights.
+the composite was trained, and `base.json`, which names the model that all this belongs to by the hash of its weights, and says
+how that was quantized to be trained, if it was.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vlm.errors import RunError, UsageError
 from vlm.files import atomic_folder
-from vlm.quantization import is_quantized
+from vlm.quantization import is_quantized, quantize
 
 # Name of a tower -> the attribute of the composite, and the folder that its updates lie in.
 TOWERS = {"text": ("language_model", "."), "vision": ("vision", "vision")}
@@ -196,10 +197,17 @@ def base_hash(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_lora(model: Any, folder: str | Path, base: str, trained: Mapping[str, Tensor]) -> None:
+def save_lora(
+    model: Any,
+    folder: str | Path,
+    base: str,
+    trained: Mapping[str, Tensor],
+    quantization: Mapping[str, Any] | None = None,
+) -> None:
     """Write the adapter folder of a composite with LoRA; it appears whole or not at all.
 
     base: `base_hash` of the model's weights before the training. trained: whatever else was trained, by name.
+    quantization: arguments of `quantize`, if the base was full-precision and quantized for the training.
     Raises RunError for an empty tensor (a shard of ZeRO-3 that nobody gathered) and where the disk refuses.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -218,7 +226,8 @@ def save_lora(model: Any, folder: str | Path, base: str, trained: Mapping[str, T
                 save_file(updates, place / WEIGHTS, metadata={"format": "pt"})
                 _part(model, tower).peft_config["default"].save_pretrained(place)
             save_file(others, fresh / OTHERS, metadata={"format": "pt"})
-            (fresh / BASE).write_text(json.dumps({"sha256": base}) + "\n", "utf-8")
+            told = {"sha256": base} | ({"quantization": dict(quantization)} if quantization is not None else {})
+            (fresh / BASE).write_text(json.dumps(told) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot write the adapter to {folder}: {error}; free the disk or choose another place"
@@ -232,11 +241,13 @@ def _on_cpu(value: Tensor) -> Tensor:
 def load_lora(model: Any, folder: str | Path) -> None:
     """Put a saved adapter folder onto the composite it was trained from, in place.
 
-    Raises UsageError if `model` is another one, or if weights are missing or left over.
+    One that was trained beside a quantized base quantizes it in the same way. Raises UsageError if `model` is another one,
+    or if weights are missing or left over.
     """
     folder = Path(folder)
     try:
-        base = json.loads((folder / BASE).read_text("utf-8"))["sha256"]
+        told = json.loads((folder / BASE).read_text("utf-8"))
+        base, quantization = told["sha256"], told.get("quantization")
         others = load_file(folder / OTHERS)
         places = {tower: folder / place for tower, (_, place) in TOWERS.items() if _holds_updates(folder / place)}
         configs = {tower: LoraConfig.from_pretrained(place) for tower, place in places.items()}
@@ -251,6 +262,8 @@ def load_lora(model: Any, folder: str | Path) -> None:
             f"adapter {folder} belongs to a model with weights {base[:12]}…, this one has {found[:12]}…; "
             "load it onto the model it was trained from"
         )
+    if quantization is not None:
+        quantize(model, **quantization)
     named: dict[str, Tensor] = {}
     for tower, config in configs.items():
         inject_adapter_in_model(config, _part(model, tower))

@@ -51,22 +51,28 @@ def check_scheme(scheme: str) -> None:
         raise UsageError(f"quantization scheme {scheme!r} is unknown; choose {' or '.join(SCHEMES)}")
 
 
-def quantize(model: Any, scheme: str, vision: bool = False) -> None:
+def quantize(model: Any, scheme: str, vision: bool = False, base: bool = False) -> None:
     """Replace a composite's linear layers by quantized ones, in place and one after another, and note it in `model.config`.
 
-    On the meta device the new layers are as empty as the old. Raises UsageError for an unknown scheme, and for a model that
-    is quantized already.
+    base: only what LoRA trains beside (QLoRA, Dettmers et al. 2023): the language model, without its head. On the meta device
+    the new layers are as empty as the old. Raises UsageError for an unknown scheme, and for a model that is quantized already.
     """
     check_scheme(scheme)
     if is_quantized(model):
         raise UsageError(
             f"the model is quantized to {model.config.quantization['scheme']} already; quantize the full-precision one"
         )
-    for name, module in list(model.named_modules()):
-        if why_kept(model, name, module, vision) is None:
-            model.set_submodule(name, quantized(module, scheme))
+    for name, module in chosen(model, vision, base):
+        model.set_submodule(name, quantized(module, scheme))
     _untie(model)
-    model.config.quantization = {"scheme": scheme, "vision": vision}
+    model.config.quantization = {"scheme": scheme, "vision": vision, "base": base}
+
+
+def chosen(model: Any, vision: bool = False, base: bool = False) -> list[tuple[str, nn.Module]]:
+    """The layers that `quantize` replaces, with their names."""
+    return [
+        (name, module) for name, module in model.named_modules() if why_kept(model, name, module, vision, base) is None
+    ]
 
 
 def quantized(linear: nn.Module, scheme: str) -> QuantizedLinear:
@@ -79,22 +85,27 @@ def quantized(linear: nn.Module, scheme: str) -> QuantizedLinear:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer is."""
-    return next(_layers(model), None) is not None
+    return next(layers(model), None) is not None
 
 
 def pack(model: nn.Module) -> None:
     """Bring every quantized layer of a freshly loaded model into its kernel's layout, one after another."""
-    for layer in _layers(model):
+    for _, layer in layers(model):
         layer.pack()
 
 
 def parameter_count(model: nn.Module) -> int:
     """How many numbers the model holds, those that are quantized included."""
-    inside = sum(layer.in_features * layer.out_features for layer in _layers(model))
+    inside = sum(layer.in_features * layer.out_features for _, layer in layers(model))
     return inside + sum(parameter.numel() for parameter in model.parameters())
 
 
-def why_kept(model: Any, name: str, module: nn.Module, vision: bool) -> str | None:
+def layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Every quantized layer, with its name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+
+
+def why_kept(model: Any, name: str, module: nn.Module, vision: bool, base: bool = False) -> str | None:
     """Why a module keeps its weights; None for a linear layer that is quantized."""
     part, last = name.partition(".")[0], name.rpartition(".")[2]
     if part in VISION and not vision:
@@ -103,12 +114,14 @@ def why_kept(model: Any, name: str, module: nn.Module, vision: bool) -> str | No
         return "matching head"
     if part not in (*PARTS, *VISION):
         return "contrastive space"
+    if base and part != "language_model":
+        return "learns beside LoRA"
     if type(module) not in (nn.Linear, Conv1D, Int8Linear, Int4Linear):
         return _kind(module)
     if last in ROUTERS:
         return "router"
-    if model.config.reading == "masked" and module is model.get_output_embeddings():
-        return "head of an encoder"
+    if module is model.get_output_embeddings() and (base or model.config.reading == "masked"):
+        return "head beside LoRA" if base else "head of an encoder"
     return None
 
 
@@ -129,7 +142,8 @@ def account(model: Any) -> list[Entry]:
 
     Asserts that each is the one of the two that the rules want it to be.
     """
-    vision = bool((model.config.quantization or {}).get("vision"))
+    told = model.config.quantization or {}
+    vision, base = bool(told.get("vision")), bool(told.get("base"))
     entries: list[Entry] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -143,14 +157,10 @@ def account(model: Any) -> list[Entry]:
         if layer is not None:
             size += _bytes(layer.values) if layer.packed is not None else 0
             before = _full_bytes(layer)
-        why = why_kept(model, name, module, vision)
+        why = why_kept(model, name, module, vision, base)
         assert (layer is None) == (why is not None), f"{name} is {type(module).__name__}, and the rules say {why}"
         entries.append(Entry(name, layer.scheme if layer else None, why or "", size, before))
     return entries
-
-
-def _layers(model: nn.Module) -> Iterator[QuantizedLinear]:
-    return (module for module in model.modules() if isinstance(module, QuantizedLinear))
 
 
 def _owned(module: nn.Module) -> list[Tensor]:

@@ -36,6 +36,7 @@ class QuantizedLinear(nn.Linear):
     """
 
     scheme: ClassVar[str]
+    BITS: ClassVar[int]
     VALUES: ClassVar[str]
     SCALES: ClassVar[str]
 
@@ -64,9 +65,12 @@ class QuantizedLinear(nn.Linear):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """(…, K) -> (…, N), in the dtype of the input."""
+        """(…, K) -> (…, N), in the dtype of the input, or of autocast, as any linear layer."""
         if input.dim() == 1:
             return self(input[None])[0]  # the kernels take rows
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            input = input.to(torch.get_autocast_dtype(kind))
         if torch.is_grad_enabled() and input.requires_grad:
             out = cast(Tensor, _Product.apply(input, self))
         else:
@@ -84,6 +88,11 @@ class QuantizedLinear(nn.Linear):
     def values(self) -> Tensor:
         """As stored, whichever layout they are kept in."""
         return getattr(self, self.VALUES) if self.packed is None else self._unpacked()
+
+    @property
+    def bytes(self) -> int:
+        """What W takes, in files and in memory."""
+        return self.in_features * self.out_features * self.BITS // 8 + self.scales.nbytes
 
     def pack(self) -> None:
         """Bring the values into the kernel's layout, where this machine has one that wants it."""
@@ -150,7 +159,7 @@ class Int8Linear(QuantizedLinear):
     Sums are exact integers, and no row's scale depends on another row: batched equals single, bit for bit.
     """
 
-    scheme = "int8"
+    scheme, BITS = "int8", 8
     VALUES, SCALES = "weight_int8", "weight_scale"
     packed: _Packed | None
 
@@ -257,7 +266,7 @@ class Int4Linear(QuantizedLinear):
     For memory: 0.16 × float32. Values are stored two a byte, the even column in the lower half.
     """
 
-    scheme = "int4"
+    scheme, BITS = "int4", 4
     VALUES, SCALES = "weight_int4", "weight_scale_zero"
     packed: Tensor | None
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 import vlm
-from vlm.lora import add_lora, base_hash, load_lora, merge_lora, save_lora
+from vlm.lora import add_lora, base_hash, linear_layers, load_lora, merge_lora, save_lora
 from vlm.quantization import account, groups, is_quantized, parameter_count, quantize, quantized, table
 from vlm.quantized_linear import GROUP, LEVELS, SCHEMES, Int4Linear, Int8Linear, QuantizedLinear
 from vlm.saving import read, save
@@ -224,6 +224,31 @@ def test_every_module_is_quantized_or_kept_for_a_reason(vision, make_model):
     assert set(groups(entries)) >= {"int8", "kept: gates", "kept: norm"} and table(entries).row_count >= 6
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "bert"])
+def test_a_base_for_lora_is_the_language_model_without_its_head(kind, make_model):
+    model = make_model(kind, latents=4)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    beside = {f"language_model.{name}" for name in linear_layers(model)}
+    quantize(model, "int8", base=True)
+    entries = account(model)
+    assert {entry.name for entry in entries if entry.scheme} == beside
+    assert {entry.why for entry in entries if entry.name.startswith(("adapters.1.attention", "vision"))} <= {
+        "learns beside LoRA",
+        "vision tower",
+    }
+    assert tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+@SCHEME
+def test_under_autocast_it_computes_in_what_a_linear_layer_would(scheme):
+    layer, rows = quantized(linear_of(bias=False), scheme), rows_of().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(rows)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, layer(rows.detach().bfloat16()))
+    out.float().sum().backward()
+    torch.testing.assert_close(rows.grad, layer.weight.sum(0).expand(5, -1), rtol=2e-2, atol=2e-2)
+
+
 def test_a_layer_that_was_missed_does_not_go_unseen(make_model):
     model = make_model()
     quantize(model, "int8")
@@ -268,7 +293,7 @@ def test_a_saved_folder_says_what_it_is(make_model, make_processor, tmp_path):
     quantize(model, "int8", vision=True)
     save(model, make_processor(), tmp_path / "model")
     saved = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert saved["quantization"] == {"scheme": "int8", "vision": True}
+    assert saved["quantization"] == {"scheme": "int8", "vision": True, "base": False}
     assert "saved in int8" in (tmp_path / "model" / "README.md").read_text()
 
 

@@ -43,6 +43,7 @@ RUNS = {
     "checkpointed": ([JOINT], {"zero": 3, "gradient_checkpointing": True}),
     "plain": ([JOINT], {"zero": 0}),
     "lora": ([JOINT | {"lora": {"r": 2}}], {"zero": 3}),
+    **{f"quantized {zero}": ([JOINT | {"lora": {"r": 2}}], {"zero": zero, "quantize": "int8"}) for zero in (1, 3)},
     **{f"ema {zero}": ([JOINT | {"ema": 0.6}], {"zero": zero}) for zero in (0, 2, 3)},
     "bf16": ([JOINT], {"zero": 2, "precision": "bf16"}),
     **{f"muon {zero}": ([JOINT | {"optimizer": "muon"}], {"zero": zero}) for zero in (0, 2, 3)},
@@ -73,7 +74,7 @@ def words(make_shards, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def config_of(make_config, save_model, mixed, words, tmp_path_factory):
+def config_of(make_config, save_model, base, mixed, words, tmp_path_factory):
     """The config of a run by its name, for so many ranks that see the same micro-batches together."""
     folder = tmp_path_factory.mktemp("ranks")
     sparse = save_model(folder / "sparse", **EXPERTS)
@@ -84,6 +85,8 @@ def config_of(make_config, save_model, mixed, words, tmp_path_factory):
         fields = dict(fields)
         if fields.pop("adapter", None) is not None:
             fields["model"] = {"path": sparse}
+        if "quantize" in fields:
+            fields["model"] = {"path": base, "quantize": fields.pop("quantize")}
         sizes = {"batch": 8, "micro_batch": held // ranks}
         out = folder / f"{name} on {ranks}, {held} at once"
         return make_config(out, *[sizes | dict(stage) for stage in stages], **fields, data={"train": sources})
@@ -251,6 +254,14 @@ def test_lora_under_zero_3_saves_what_it_trained(one, two, base):
     ids, pixels = torch.tensor([[3, 40, 50, 60]]), torch.ones(1, 3, 32, 32)
     found, expected = (each.eval()(ids, pixel_values=pixels).logits for each in (model, merged))
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_lora_on_a_quantized_base_on_two_ranks(one, two, base, zero):
+    assert difference(two[f"quantized {zero}"], one(f"quantized {zero}")) < 1e-3, "a rounding that goes the other way"
+    model = read(base)[0]
+    load_lora(model, two[f"quantized {zero}"].out / "adapter")
+    assert model.config.quantization["scheme"] == "int8"
 
 
 def test_what_any_rank_passes_over_is_told(one, two):
