@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import BatchFeature
 
 from vlm.errors import UsageError
+from vlm.explain import Explanation
+from vlm.explain import explain as explain_answer
 from vlm.generation.decoding import Decoding
 from vlm.generation.engine import Engine
 from vlm.generation.request import Generation, Prompt
@@ -27,7 +29,7 @@ from vlm.inputs import as_list, check_length, filled, parts, picture_key
 from vlm.likelihood import reply_likelihoods, text_likelihoods
 from vlm.lora import load_lora, merge_lora
 from vlm.model import VLMModel
-from vlm.processing import MASK, VLMProcessor, check_places, pictures_of
+from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, user_turn
 from vlm.quantization import check_scheme, is_quantized
 from vlm.quantization import quantize as quantize_model
 from vlm.saving import read
@@ -166,6 +168,11 @@ class VLM:
         """An engine for many requests at once; see `vlm.generation.engine.Engine`."""
         tokenizer, ends = self.processor.tokenizer, self.processor.end_token_ids
         return Engine(self.model, tokenizer, ends, rows=rows, length=length, **options)
+
+    def explain(self, image: Any, question: str, **options: Any) -> Explanation:
+        """Why it answers as it does: what each region of a picture and each word of a question is worth to the answer, and
+        where it looks. options: as in `vlm.explain.explain` (grid, samples, seed, …)."""
+        return explain_answer(self, image, question, **options)
 
     # Text alone
 
@@ -353,12 +360,6 @@ class VLM:
         probabilities, tokens = logits.float().softmax(dim=-1).topk(min(top_k, len(logits)))
         words = [tokenizer.decode([token], clean_up_tokenization_spaces=False).strip() for token in tokens.tolist()]
         return list(zip(words, probabilities.tolist(), strict=True))
-
-
-def user_turn(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
-    """A conversation of one turn: the pictures, then what is asked about them."""
-    pictures = [{"type": "image", "image": image} for image in images]
-    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
 
 
 def _checked(decoding: Decoding, n: int) -> Decoding:

@@ -302,6 +302,33 @@ def ask(
     print(vlm.load(model, device=device).answer(images, question, **options))
 
 
+@app.command("explain")
+def explain(
+    model: ModelPath,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="JPEG, PNG or WEBP file")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="what is asked about it")],
+    out: Annotated[Path, typer.Option(help="HTML file for the explanation")],
+    grid: Annotated[int, typer.Option(help="regions along each side of the picture")] = 7,
+    samples: Annotated[
+        int, typer.Option(help="pictures with regions left out, and as many questions with words")
+    ] = 400,
+    seed: Annotated[int, typer.Option(help="which regions and words those are")] = 0,
+    device: Device = "auto",
+    max_new_tokens: MaxNewTokens = 64,
+) -> None:
+    """Show what an answer hung on: regions, words, and where the model looked; one page without network.
+
+    Example: vlm explain runs/demo/model cat.jpg "What colour is it?" --out why.html
+    """
+    import vlm
+    from vlm.explain_page import write_explanation
+
+    options = {"grid": grid, "samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
+    told = vlm.load(model, device=device).explain(image, question, **options)
+    print(told.answer)
+    print(write_explanation(told, out))
+
+
 @app.command("complete")
 def complete(
     model: ModelPath,

@@ -21,7 +21,7 @@ from torch import Tensor
 from vlm.api import VLM, user_turn
 from vlm.errors import UsageError
 from vlm.images import open_image
-from vlm.looking import Look, looks
+from vlm.looking import Look, looks, seen_part
 from vlm.page import data_uri
 
 HOST = "127.0.0.1"
@@ -258,14 +258,20 @@ def heat(weights: Tensor, peak: float) -> bytes:
 
 def _as_seen(talker: VLM, file: Path, image: Image.Image) -> Picture:
     """What a map lies over: the file where the model saw all of it, else the part that it saw."""
-    prepared = talker.processor.image_processor
-    if prepared.crop_mode == "squash" and prepared.crop_pct == 1.0:
-        return Picture(data_uri(file.read_bytes(), SMALL_BYTES, SIDE), image.width / image.height)
-    pixels = talker.processor.pixels([image])[0].permute(1, 2, 0).numpy() * prepared.std + prepared.mean
-    seen = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
+    seen = seen_part(talker.processor, image)
+    return shown(seen) if seen is not image else Picture(data_uri(file.read_bytes(), SMALL_BYTES, SIDE), wide(image))
+
+
+def shown(image: Image.Image) -> Picture:
+    """A picture that is no file."""
     data = io.BytesIO()
-    seen.save(data, "PNG")
-    return Picture(data_uri(data.getvalue(), SMALL_BYTES, SIDE), seen.width / seen.height)
+    image.save(data, "PNG")
+    return Picture(data_uri(data.getvalue(), SMALL_BYTES, SIDE), wide(image))
+
+
+def wide(image: Image.Image) -> float:
+    """Its width as a multiple of its height."""
+    return image.width / image.height
 
 
 def _figures(pictures: Sequence[Picture], layers: dict[int, list[str]]) -> str:

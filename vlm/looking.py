@@ -10,22 +10,34 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import regex
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vlm.adapters import CrossAttention
-from vlm.api import VLM, Messages
 from vlm.errors import UsageError
+from vlm.generation.request import Prompt
 from vlm.generation.text import ReplyText
 from vlm.model import VLMModel
+from vlm.processing import VLMProcessor
 
 # Scripts that write no spaces between words: there a character is a word.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 WORD = regex.compile(rf"\s*(?P<word>[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+)(?:\s+$)?")
+
+
+class Talker(Protocol):
+    """What of `vlm.api.VLM` is needed here."""
+
+    model: VLMModel
+    processor: VLMProcessor
+
+    def prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Look:
 
 
 @torch.no_grad()
-def looks(talker: VLM, messages: Messages, reply: str) -> list[Look]:
+def looks(talker: Talker, messages: Sequence[dict[str, Any]], reply: str) -> list[Look]:
     """The words of a `reply` to a conversation, each with the mean of its tokens' maps (see `attention_maps`).
 
     The reply is read again in one pass over prompt and reply. A token was chosen at the position before its own, so it is
@@ -70,6 +82,15 @@ def looks(talker: VLM, messages: Messages, reply: str) -> list[Look]:
         # No reply holds a picture, so all of its words see the same one.
         found.append(Look(text, pictures[chosen_at[0]] if looked else None, weights if looked else None))
     return found
+
+
+def seen_part(processor: VLMProcessor, image: Image.Image) -> Image.Image:
+    """What a map lies over: the picture itself where the model sees all of it, else the part that it sees."""
+    prepared = processor.image_processor
+    if prepared.crop_mode == "squash" and prepared.crop_pct == 1.0:
+        return image
+    pixels = processor.pixels([image])[0].permute(1, 2, 0).numpy() * prepared.std + prepared.mean
+    return Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 @torch.no_grad()

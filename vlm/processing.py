@@ -276,6 +276,12 @@ def check_places(text: str, pictures: int) -> None:
         )
 
 
+def user_turn(images: Sequence[Any], text: str) -> list[dict[str, Any]]:
+    """A conversation of one turn: the pictures, then what is asked about them."""
+    pictures = [{"type": "image", "image": image} for image in images]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
+
+
 def pictures_of(messages: Iterable[dict]) -> list[Any]:
     """The pictures of a conversation in the order of their places. Raises UsageError for a URL or a part without a picture."""
     pictures = []

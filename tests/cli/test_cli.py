@@ -39,6 +39,7 @@ COMMANDS = [
     "report",
     "caption",
     "ask",
+    "explain",
     "complete",
     "fill",
     "quantize",
@@ -209,6 +210,29 @@ def test_ask_about_one_or_several(cli, model_folder, pictures):
 def test_ask_refuses(cli, model_folder, pictures, question, options, words):
     code, _, err = cli("ask", model_folder, pictures[0], question, *options)
     assert code == 2 and words in err and err.count("\n") == 1
+
+
+def test_explain_writes_a_page(cli, model_folder, pictures, tmp_path):
+    options = ["--grid", "2", "--samples", "12", "--max-new-tokens", "3"]
+    code, told, err = cli(
+        "explain", model_folder, pictures[0], "What is it?", "--out", str(tmp_path / "why.html"), *options
+    )
+    assert (code, err) == (0, "") and told.endswith(f"{tmp_path / 'why.html'}\n")
+    assert "4 regions, 12 samples" in (tmp_path / "why.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("picture", "question", "options", "words"),
+    [
+        (None, "What?", ["--samples", "4", "--grid", "2"], "4 samples do not tell 4 regions apart; take at least 5"),
+        (None, " ", [], "the question is empty"),
+        ("none.png", "What?", [], "none.png: no such image file; check the path"),
+    ],
+)
+def test_explain_refuses(cli, model_folder, pictures, tmp_path, picture, question, options, words):
+    out = tmp_path / "why.html"
+    code, _, err = cli("explain", model_folder, picture or pictures[0], question, "--out", str(out), *options)
+    assert code == 2 and words in err and err.count("\n") == 1 and not out.exists()
 
 
 def test_complete_goes_on_from_the_prompt(cli, model_folder):
