@@ -124,7 +124,8 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
     folder: the checkpoint that `progress` is about, if there is one.
     """
     config, stage = run.config, run.config.stages[progress.stage]
-    base = base_hash(model.state_dict()) if stage.lora is not None and is_main() else None
+    named = stage.lora is not None or config.model.quantize is not None
+    base = base_hash(model.state_dict()) if named and is_main() else None
     engine, frozen = start_engine(run, model, progress.stage)
     average = Average(engine, stage.ema) if stage.ema is not None else None
     if folder is not None and progress.step:
@@ -189,7 +190,7 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     totals = training_totals(model, stage, state_bytes(optimizer, masters=in_half))
     run.log.say(f"stage {number}: {stage.objective}\n{training_table(model, stage)}\n{totals}")
     frozen: dict[str, Tensor] = {}
-    if is_main() and in_half:
+    if is_main() and in_half and config.model.quantize is None:
         every = model.named_parameters(remove_duplicate=False)  # a tied weight is asked for by both its names
         frozen = {name: value.detach() for name, value in every if not value.requires_grad}
     if config.gradient_checkpointing:

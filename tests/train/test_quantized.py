@@ -119,6 +119,22 @@ def test_families_updates_and_objectives(run, save_model, tmp_path, language, st
     assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_pretrained_towers_whose_weights_the_engine_holds_in_half(run, make_towers, tmp_path):
+    """What did not train is as it was in their files, though the engine has it in bf16."""
+    towers = make_towers(tmp_path)
+    model = {**towers, "quantize": "int8", "adapter": {"gate_init": 0.5}, "embedding_dim": 16}
+    stage = LORA | {"steps": 2, "freeze": ["vision"]}
+    left = run(stage, stage, model=model, precision="bf16", zero=2, deepspeed={"bf16": {"enabled": True}})
+    after = left.weights()
+    text = load_file(Path(towers["text"]) / "model.safetensors")
+    tower = load_file(Path(towers["vision"]) / "model.safetensors")
+    embeddings = after["language_model.model.embed_tokens.weight"]
+    assert torch.equal(embeddings[: len(text["model.embed_tokens.weight"])], text["model.embed_tokens.weight"])
+    assert all(torch.equal(after[f"vision.trunk.{name}"], value) for name, value in tower.items())
+    moved = "model.layers.0.self_attn.q_proj.weight"
+    assert 0 < (after[f"language_model.{moved}"] - text[moved]).abs().max() < 0.1
+
+
 def told(left) -> list[dict]:
     """The steps' lines without the clock."""
     clock = ("seconds", "samples_per_second", "tokens_per_second", "mfu", "memory_gib")
