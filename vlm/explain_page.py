@@ -77,12 +77,12 @@ def _lead(told: Explanation, what: str) -> str:
 
 
 def _pictures(told: Explanation) -> str:
-    picture = shown(told.picture)
+    picture, grey = shown(told.picture), shown(told.picture.convert("L"))  # its own colours would be taken for weights
     strongest = float(np.abs(told.region_weights).max())
     caption = f"the strongest region weighs {strongest:.3f}"
     return (
         f'<div class="answer"><div class="pictures">{_figure(picture, "", "as it is")}'
-        f"{_figure(picture, _layer(told), caption)}</div></div>"
+        f"{_figure(grey, _layer(told), caption)}</div></div>"
     )
 
 
@@ -115,9 +115,14 @@ def _words(told: Explanation) -> str:
         colour = f"rgba({', '.join(map(str, _hue(weight)))}, {_strength(weight, every):.3f})"
         parts.append(
             f"{escape(text[: len(text) - len(word)])}<span style='background: {colour}'>{escape(word)}"
-            f"<small>{weight:+.2f}</small></span>"
+            f"<small>{_signed(weight)}</small></span>"
         )
     return "".join(parts)
+
+
+def _signed(weight: float) -> str:
+    """Two digits, and no minus before nothing."""
+    return f"{round(weight, 2) + 0.0:+.2f}"
 
 
 def _hue(weight: float) -> tuple[int, int, int]:

@@ -149,8 +149,9 @@ def test_the_page_shows_it_all_without_network(stub, tmp_path):
     assert "<h1>blue</h1>" in text and f"{told.log_probability:.2f}" in text and "16 regions, 40 samples" in text
     for word, weight in told.words:
         hue = ", ".join(map(str, FOR if weight >= 0 else AGAINST))
-        shown = re.escape(f"{word.strip()}<small>{weight:+.2f}</small>")
+        shown = re.escape(f"{word.strip()}<small>{abs(weight):.2f}</small>").replace("<small>", "<small>[+-]")
         assert re.search(rf"rgba\({hue}, [\d.]+\)'>{shown}", text)
+    assert "is<small>+0.00</small>" in text
     pictures = [Image.open(io.BytesIO(b64decode(data))) for data in re.findall(r"base64,([\w+/=]+)", text)]
     assert pictures[0].size == (32, 32) and len(pictures) >= 4
     assert np.array_equal(np.asarray(pictures[0].convert("RGB")), np.asarray(board()))

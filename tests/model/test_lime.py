@@ -61,6 +61,9 @@ def test_a_score_that_nothing_moves_is_explained_by_nothing():
 def test_what_is_no_sum_is_told_in_part():
     """Either of two parts is enough: fidelity says that no sum of weights is all of the truth."""
     found = lime(4, lambda kept: (kept[:, 0] | kept[:, 1]).astype(float), samples=400, seed=0)
+    kept, counts = distinct(draw(4, 400, seed=0))
+    near = fit(kept, (kept[:, 0] | kept[:, 1]).astype(float), counts * kernel(kept))
+    assert np.array_equal(found.weights, near.weights), "samples count by how near they are"
     assert 0.2 < found.fidelity < 0.9 and found.weights[:2].min() > 0.1 and np.abs(found.weights[2:]).max() < 0.05
 
 
