@@ -197,6 +197,9 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
         checkpoint_activations(model)
     objective.train()
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+    if config.zero == 0 and data_ranks() == 1:
+        # The mean over one rank is the gradient itself; DeepSpeed would copy all gradients twice to find it.
+        engine.enable_backward_allreduce = False
     if config.tensor_parallel > 1:
         # It compares the batches of ranks that should have the same one, and fails where a batch is a dict.
         engine.first_dataloader_check.remove()
@@ -258,7 +261,12 @@ def take_step(engine: DeepSpeedEngine) -> float:
     if engine.zero_optimization():
         engine.step()
         return float(engine.get_global_grad_norm())
-    held = [(parameter, parameter.grad) for parameter in engine.module.parameters() if parameter.grad is not None]
+    held = []
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)  # as DeepSpeed does where it has ranks to average over
+        if parameter.grad is not None:
+            held.append((parameter, parameter.grad))
     norm = norm_over_shares(held)
     if not math.isfinite(norm):
         # Zeros, not None: DeepSpeed's clipping fails where no gradient is left at all.
