@@ -54,7 +54,8 @@ class CrossAttention(nn.Module):
     def forward(self, hidden: Tensor, keys_values: Tensor, mask: Tensor | None = None) -> Tensor:
         """(B, L, C) and (B, 2, K, S, d) -> (B, L, C). mask (B, 1, L, S): True where a query may look; no row all False."""
         queries = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        keys, values = keys_values.unbind(1)
+        # Not the hidden states' type, which under autocast is float32 where the products are bf16.
+        keys, values = keys_values.to(queries.dtype).unbind(1)
         if self.fused:
             mixed = F.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, enable_gqa=self.heads != self.kv_heads

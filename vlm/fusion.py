@@ -23,13 +23,13 @@ from vlm.errors import UsageError
 class Visual:
     """What every layer is told about the pictures of a batch.
 
-    keys_values (B, A, 2, K, S, d): keys and values of each of the A adapters over the S image tokens of a row.
+    keys_values: (B, 2, K, S, d) for each of the A adapters in order, keys and values over the S image tokens of a row.
     sees (B, L), bool: True where a text token has a picture before it.
     mask (B, 1, L, S), bool, or None where a row has one picture: which image tokens a text token may look at.
     router_logits: a list that every adapter with experts adds its router's logits (B·L, experts) to, in order; None: nobody asks.
     """
 
-    keys_values: Tensor
+    keys_values: tuple[Tensor, ...]
     sees: Tensor
     mask: Tensor | None
     router_logits: list[Tensor] | None = None

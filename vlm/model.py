@@ -158,8 +158,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
     def _fuse(self, key: str, hidden: Tensor, visual: Visual) -> Tensor:
         order = list(self.adapters).index(key)
-        keys_values = visual.keys_values[:, order].to(hidden.dtype)
-        looked, router_logits = self.adapters[key](hidden, keys_values, visual.sees, visual.mask)
+        looked, router_logits = self.adapters[key](hidden, visual.keys_values[order], visual.sees, visual.mask)
         # Here, outside what activation checkpointing runs a second time.
         if visual.router_logits is not None and router_logits is not None:
             visual.router_logits.append(router_logits)
@@ -259,12 +258,14 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     def _visual(self, image_keys_values: Tensor, token_image: Tensor, router_logits: list[Tensor] | None) -> Visual:
         sees = token_image >= 0
         tokens = image_keys_values.shape[-2]
+        # Taken apart at once: a gradient of one adapter's share alone would be filled up with zeros for all the others.
+        keys_values = image_keys_values.unbind(1)
         if tokens == self.tokens_per_picture:
-            return Visual(image_keys_values, sees, None, router_logits)
+            return Visual(keys_values, sees, None, router_logits)
         slot_of_key = torch.arange(tokens, device=token_image.device) // self.tokens_per_picture
         # A token without a picture may look anywhere, and what it finds is thrown away: softmax over nothing is NaN.
         mask = (token_image[:, :, None] == slot_of_key) | ~sees[:, :, None]
-        return Visual(image_keys_values, sees, mask[:, None], router_logits)
+        return Visual(keys_values, sees, mask[:, None], router_logits)
 
     @property
     def max_tokens(self) -> int | None:
