@@ -3,7 +3,7 @@
 Knows samples, the processor and the layout of each objective's batch. Knows nothing of models, losses or optimizers.
 A micro-batch is a function of the seed, the stage and its number alone: see `order.py`.
 
-Shapes: B rows, L tokens padded to a multiple of 16, n pictures, M picture slots a row, p pairs, H × W pixels. A row holds
+Shapes: B rows, L tokens padded to a multiple of 8, n pictures, M picture slots a row, p pairs, H × W pixels. A row holds
 one sample, or several where short samples are packed: see `packing.py`.
 """
 

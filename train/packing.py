@@ -3,7 +3,7 @@
 Knows lengths, arrays of tokens and the numbers of pictures. Knows nothing of samples, tokenizers or what is learnt from a
 row. A row's documents are kept apart by their numbers, begin at position 0 each, and see the pictures of their own sample.
 
-Shapes: B examples, R rows, L tokens padded to a multiple of 16, n pictures of the whole batch, M picture slots a row.
+Shapes: B examples, R rows, L tokens padded to a multiple of 8, n pictures of the whole batch, M picture slots a row.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Rows are padded to whole tiles of a matrix product, and shapes repeat.
-TILE = 16
+# Rows are padded to what a matrix product takes at once, and shapes repeat.
+TILE = 8
 ENDLESS = 2**62
 # Rows wider than so many times the longest example save next to no padding.
 WIDEST = 4
@@ -138,7 +138,7 @@ def tiles(length: int) -> int:
 
 
 def padded(rows: Sequence[np.ndarray], value: int, most: int = ENDLESS) -> Tensor:
-    """Rows of numbers, right-padded with `value` to a multiple of 16, or to `most` if that is less -> (B, L) long."""
+    """Rows of numbers, right-padded with `value` to a multiple of 8, or to `most` if that is less -> (B, L) long."""
     longest = max((len(row) for row in rows), default=0)
     tensor = torch.full((len(rows), min(most, tiles(longest))), value)
     for row, numbers in enumerate(rows):

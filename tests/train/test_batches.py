@@ -129,7 +129,7 @@ def test_a_joint_batch_lays_rows_and_pictures_side_by_side(reader, samples):
     batch = joint.collate(examples)
     assert batch["image_slots"].tolist() == [[0, 1], [-1, -1], [2, -1]]
     assert torch.equal(batch["pixel_values"], torch.cat([examples[0].pixels, examples[2].pixels]))
-    assert batch["input_ids"].shape[1] % 16 == 0
+    assert batch["input_ids"].shape[1] % 8 == 0
     for row, example in enumerate(examples):
         length = len(example.ids)
         wanted = {
@@ -261,9 +261,9 @@ def test_mlm_hides_other_tokens_at_another_visit(reader):
 
 
 def test_rows_are_padded_to_whole_tiles():
-    assert padded([np.arange(3), np.arange(17)], -1).shape == (2, 32)
-    assert padded([np.arange(3)], -1).tolist() == [[0, 1, 2] + [-1] * 13]
-    assert padded([], 0).shape == (0, 16)
+    assert padded([np.arange(3), np.arange(17)], -1).shape == (2, 24)
+    assert padded([np.arange(3)], -1).tolist() == [[0, 1, 2] + [-1] * 5]
+    assert padded([], 0).shape == (0, 8)
 
 
 # Micro-batches
