@@ -47,9 +47,11 @@ WORDS = """
 """.split()
 # Names as timm and the families spell them. Each tower is the peer's, size by size.
 VISION = {"name": "timm:vit_small_patch16_224"}
+# CLIP's text tower is a GPT-2 with another activation and without dropout.
+AS_CLIP = {"activation_function": "gelu", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 CONTRASTIVE = {
     "vision": VISION,
-    "text": {"family": "gpt2", "width": 384, "depth": 6, "heads": 6, "options": {"vocab_size": 49408}},
+    "text": {"family": "gpt2", "width": 384, "depth": 6, "heads": 6, "options": {"vocab_size": 49408, **AS_CLIP}},
     "embedding_dim": 384,
 }
 JOINT = {
