@@ -29,6 +29,7 @@ from vlm.samples import Question, Sample, SampleError, conversations, pair_text,
 from vlm.shards import Shards
 
 from .config import Stage
+from .levels import restore, shrink
 from .order import Order
 from .packing import ENDLESS, Example, Row, laid, layout, padded, slots
 
@@ -317,6 +318,7 @@ READERS: dict[str, type[Reader]] = {
 class MicroBatches(Dataset):
     """Number -> the micro-batch of this rank. A sample that cannot be used gives way to the next of its source.
 
+    pixel_values are levels of uint8, which `on_device` makes pixels again: see `levels.py`.
     Beside the objective's tensors a batch holds `samples` and `tokens`, counted, and `skipped`, (key, reason) pairs. An
     error that ends the run is returned, not raised: a data worker would wrap it beyond recognition.
     """
@@ -335,7 +337,8 @@ class MicroBatches(Dataset):
         except (UsageError, RunError) as error:
             return error
         counts = {"samples": self.size, "tokens": sum(len(example.ids) for example in examples)}
-        return self.reader.collate(examples) | counts | {"skipped": skipped}
+        images = self.reader.processor.image_processor
+        return shrink(self.reader.collate(examples), images.mean, images.std) | counts | {"skipped": skipped}
 
     def example(self, position: int, skipped: list[tuple[str, str]]) -> Example:
         """The example at a position of the stream; what had to be passed over is added to `skipped`."""
@@ -391,8 +394,9 @@ def _undisturbed(worker: int) -> None:
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
-    return {
+    """The batch with its tensors on `device`, and its pictures as pixels."""
+    moved = {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
+    return restore(moved)

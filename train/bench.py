@@ -167,7 +167,8 @@ def bench_open_clip(rounds: int, model: Mapping[str, Any] = CONTRASTIVE, batch: 
     with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
         texts = captions(batch, 18, 22)
         ours = Training(model, {"objective": "contrastive"}, texts, Path(folder))
-        peer = OpenClipPeer(ours.engine.module.model, ours.batches[0]["pixel_values"], texts)
+        pixels = on_device(ours.batches[0], ours.engine.device)["pixel_values"]
+        peer = OpenClipPeer(ours.engine.module.model, pixels, texts)
         found = _in_turns(ours.step, peer.step, batch, rounds)
     length = ours.batches[0]["input_ids"].shape[1]
     conditions = (
@@ -176,11 +177,14 @@ def bench_open_clip(rounds: int, model: Mapping[str, Any] = CONTRASTIVE, batch: 
     return [Row("contrastive training", *found, "samples/s", conditions, "ratio ≥ 2.5")]
 
 
-def bench_idefics(rounds: int, model: Mapping[str, Any] = JOINT, batch: int = 8, words: int = 48) -> list[Row]:
-    """Joint steps beside transformers' Idefics, Flamingo's open successor, of the same sizes on the same tokens."""
+def bench_idefics(rounds: int, model: Mapping[str, Any] = JOINT, batch: int = 8, words: int = 56) -> list[Row]:
+    """Joint steps beside transformers' Idefics, Flamingo's open successor, of the same sizes on the same tokens.
+
+    56 words and the prompt before them are rows of 64 tokens.
+    """
     with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
         ours = Training(model, {"objective": "joint", "pack": False}, captions(batch, words, words), Path(folder))
-        peer = IdeficsPeer(ours.engine.module.model, ours.batches[0])
+        peer = IdeficsPeer(ours.engine.module.model, on_device(ours.batches[0], ours.engine.device))
         found = _in_turns(ours.step, peer.step, batch, rounds)
     length = ours.batches[0]["input_ids"].shape[1]
     conditions = f"{_held(ours)}, batch {batch} × {length} tokens; peer: IdeficsForVisionText2Text"

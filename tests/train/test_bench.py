@@ -7,6 +7,7 @@ import torch
 
 from vlm.errors import UsageError
 from vlm.train import bench
+from vlm.train.batches import on_device
 from vlm.train.bench import JOINT, VISION, Training, bench_gradcache, bench_idefics, bench_open_clip, bench_train
 from vlm.train.bench_peers import IdeficsPeer, OpenClipPeer
 
@@ -25,7 +26,8 @@ def parameters(module) -> int:
 def test_open_clip_is_as_large_as_ours(tmp_path):
     texts = bench.captions(2, 18, 22)
     ours = Training(PAIRS, {"objective": "contrastive"}, texts, tmp_path)
-    peer = OpenClipPeer(ours.engine.module.model, ours.batches[0]["pixel_values"], texts)
+    pixels = on_device(ours.batches[0], ours.engine.device)["pixel_values"]
+    peer = OpenClipPeer(ours.engine.module.model, pixels, texts)
     assert parameters(ours.engine.module) == pytest.approx(parameters(peer.model), rel=0.05)
     assert peer.texts.shape == (2, 77)
     own = ours.batches[0]["attention_mask"].sum(1)
@@ -36,8 +38,8 @@ def test_open_clip_is_as_large_as_ours(tmp_path):
 
 
 def test_idefics_is_as_large_as_ours_and_reads_the_same(tmp_path):
-    ours = Training(WRITTEN, {"objective": "joint", "pack": False}, bench.captions(2, 48, 48), tmp_path)
-    peer = IdeficsPeer(ours.engine.module.model, ours.batches[0])
+    ours = Training(WRITTEN, {"objective": "joint", "pack": False}, bench.captions(2, 56, 56), tmp_path)
+    peer = IdeficsPeer(ours.engine.module.model, on_device(ours.batches[0], ours.engine.device))
     assert ours.batches[0]["input_ids"].shape == (2, 64)
     shared = parameters(ours.engine.module) / parameters(peer.model)
     assert shared == pytest.approx(1.0, rel=0.05)

@@ -16,7 +16,7 @@ from vlm.lora import load_lora, merge_lora
 from vlm.saving import read, save
 from vlm.shards import Shards
 from vlm.train import loop
-from vlm.train.batches import READERS, MicroBatches
+from vlm.train.batches import READERS, MicroBatches, on_device
 from vlm.train.config import load_config
 from vlm.train.log import RunLog
 from vlm.train.loop import attention_of
@@ -71,7 +71,8 @@ def loss_of(model, shards: str, left, stage: int, samples: int, shuffle: bool = 
     loaded, processor = read(model)
     reader = READERS[settings.objective](processor, settings, 256, True)
     data = Shards.open(shards)
-    batch = MicroBatches([data], Order([len(data)], [1.0], [0, stage], shuffle), reader, samples, 0, 1)[0]
+    batches = MicroBatches([data], Order([len(data)], [1.0], [0, stage], shuffle), reader, samples, 0, 1)
+    batch = on_device(batches[0], torch.device("cpu"))
     objective = OBJECTIVES[settings.objective](loaded.eval(), settings)
     with torch.no_grad():
         return float(objective(batch, Plan(objective.targets(batch)))[0])
