@@ -431,8 +431,10 @@ class VLMModel(PreTrainedModel, GenerationMixin):
 
 def in_slots(picture_keys_values: Tensor, image_slots: Tensor) -> Tensor:
     """Each row's pictures side by side: (n, A, 2, K, S, d), by slots (B, M), -> (B, A, 2, K, M·S, d)."""
-    if torch.equal(image_slots.flatten(), torch.arange(len(picture_keys_values), device=image_slots.device)):
-        rows = picture_keys_values.unflatten(0, image_slots.shape)  # as they lie: the usual case, for which nothing is copied
+    in_order = torch.arange(len(picture_keys_values), device=image_slots.device)
+    # The usual case, for which nothing is copied; a compiled graph cannot ask.
+    if not torch.compiler.is_compiling() and torch.equal(image_slots.flatten(), in_order):
+        rows = picture_keys_values.unflatten(0, image_slots.shape)
     else:
         rows = picture_keys_values[image_slots.clamp(min=0)]  # (B, M, A, 2, K, S, d)
     return rows.permute(0, 2, 3, 4, 1, 5, 6).flatten(4, 5)
