@@ -10,9 +10,11 @@ numbers in the logs are made to be averaged in the same way. What a micro-batch 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vlm.linear_cross_entropy import linear_cross_entropy
 from vlm.losses import count_targets, documents_right, labelled
@@ -90,13 +92,19 @@ class Contrastive(Objective):
 
     def loss(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
         with replayed(plan.contrast, batch["input_ids"].device):
-            pairs = self.pairs(batch)
+            pairs = self._pairs(batch, texts_twice=plan.contrast is not None)
         loss, top1 = compared(pairs, plan.contrast)
         return loss, {"top1": top1, "logit_scale": self.model.logit_scale.detach().exp()}
 
     def pairs(self, batch: Batch) -> Pairs:
+        return self._pairs(batch, texts_twice=False)
+
+    def _pairs(self, batch: Batch, texts_twice: bool) -> Pairs:
+        """texts_twice: the text tower runs again in the backward pass, after that of the pictures, which come last here. So a
+        micro-batch that carries the gradients of those before it holds the activations of one tower at a time."""
+        read = partial(self.model.encode_text, batch["input_ids"], batch["attention_mask"], normalize=False)
+        texts = checkpoint(read, use_reentrant=False) if texts_twice else read()
         images = self.model.encode_image(batch["pixel_values"], normalize=False)
-        texts = self.model.encode_text(batch["input_ids"], batch["attention_mask"], normalize=False)
         return pairs_of(self.model, self.stage, images, texts)
 
 

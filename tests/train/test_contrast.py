@@ -141,6 +141,20 @@ def test_micro_batches_are_the_batch_in_one_piece(objective_of, kind):
     assert error(found, gradients(objective, whole)) < 1e-5
 
 
+def test_a_cut_batch_holds_the_activations_of_one_tower_at_a_time(objective_of):
+    """The text tower runs anew once the pictures' gradients have gone through all of theirs."""
+    objective, (batch, *others) = objective_of("contrastive"), contrastive_batches()
+    plan = prepare(Engine(objective), [batch, *others])[0]
+    order: list[str] = []
+    model = objective.model
+    model.language_model.base_model.register_forward_hook(lambda *_: order.append("text"))
+    model.vision.register_forward_hook(lambda *_: order.append("pictures"))
+    first = model.vision.trunk.patch_embed.proj.weight
+    first.register_post_accumulate_grad_hook(lambda _: order.append("pictures done"))
+    objective(batch, plan)[0].backward()
+    assert order == ["text", "pictures", "pictures done", "text"]
+
+
 @pytest.mark.parametrize("still", [True, False])
 @pytest.mark.parametrize("kind", ["infonce", "siglip"])
 def test_joint_compares_the_pairs_of_all_micro_batches(objective_of, kind, still):
