@@ -55,7 +55,7 @@ def bench_score_command(
 @bench.command("decode")
 def bench_decode_command(
     against: Annotated[
-        str | None, typer.Option(help="hf-idefics, hf-generate, fp32 or bandwidth (default: all)")
+        str | None, typer.Option(help="hf-idefics, hf-generate, fp32, bandwidth (default: these) or llama.cpp")
     ] = None,
     rounds: Rounds = 3,
     out: Out = None,

@@ -37,7 +37,7 @@ def test_rows_are_written(tmp_path, monkeypatch):
 def test_another_peer_is_refused_by_name(capsys):
     assert run(["bench", "decode", "--against", "nobody"]) == 2
     assert (
-        "vlm bench decode knows no 'nobody'; choose hf-idefics, hf-generate, hf-beams, fp32, bandwidth"
+        "vlm bench decode knows no 'nobody'; choose hf-idefics, hf-generate, hf-beams, fp32, bandwidth, llama.cpp"
         in capsys.readouterr().err
     )
 

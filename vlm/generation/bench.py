@@ -7,9 +7,11 @@ that of the tokens after the first: what the prompt and the pictures take is in 
 from __future__ import annotations
 
 import copy
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from vlm.model import VLMModel
 from vlm.quantization import quantize
 from vlm.quantized_linear import QuantizedLinear
 
+from . import bench_llama
 from .decoding import Decoding
 from .engine import Engine
 from .request import Prompt
@@ -40,6 +43,18 @@ HALF_BILLION = {
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
+HUNDRED_MILLION = {
+    "vocab_size": WORDS,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+}
+BESIDE_LLAMA = (HUNDRED_MILLION, HALF_BILLION | {"num_hidden_layers": 25})
+LLAMA_TARGET = "≥ 1.2"
 QUANTIZED = {"int8": {1: "≥ 3", 8: "≥ 4"}, "int4": {1: "", 8: ""}}  # scheme -> rows at once -> the ratio to float32
 BOUND_TARGET = "≥ 0.65"
 BANDWIDTH_BYTES = 2**29  # beyond any cache
@@ -63,10 +78,12 @@ def bench_decode(against: str | None, rounds: int) -> list[Row]:
         "fp32": beside_float32,
         "bandwidth": beside_bandwidth,
     }
-    if against is not None and against not in benches:
-        raise UsageError(f"vlm bench decode knows no {against!r}; choose {', '.join(benches)}")
+    named = {**benches, "llama.cpp": beside_llama}
+    if against is not None and against not in named:
+        raise UsageError(f"vlm bench decode knows no {against!r}; choose {', '.join(named)}")
     torch.manual_seed(0)
-    return [row for name, bench in benches.items() if against in (None, name) for row in bench(rounds)]
+    chosen = benches.values() if against is None else [named[against]]
+    return [row for bench in chosen for row in bench(rounds)]
 
 
 def beside_idefics(rounds: int) -> list[Row]:
@@ -125,6 +142,32 @@ def beside_bandwidth(rounds: int) -> list[Row]:
         f"{BANDWIDTH_BYTES >> 20} MiB, {torch.get_num_threads()} threads"
     )
     return [Row("int8 decode, 1 at once, beside memory bandwidth", ours, peer, "tokens/s", conditions, BOUND_TARGET)]
+
+
+def beside_llama(rounds: int) -> list[Row]:
+    """The same weights in our int8 and in llama.cpp's Q8_0, one row, each as it is fastest: ours compiled."""
+    bench_llama.check_installed()
+    return [_beside_llama(qwen3(shape), rounds) for shape in BESIDE_LLAMA]
+
+
+def _beside_llama(model: VLMModel, rounds: int) -> Row:
+    (ids,), _ = inputs(1)
+    shape, threads = _shape(model), torch.get_num_threads()
+    with tempfile.TemporaryDirectory(prefix="vlm-bench-") as place:
+        file = Path(place, "model.gguf")
+        bench_llama.write_gguf(model.language_model, file, "Q8_0")
+        quantize(model, "int8")
+        engine = Engine(model, Mute(), [], rows=1, length=PROMPT + NEW, compile=True)
+        seconds_of(engine, 1, NEW)  # compiles
+        with bench_llama.opened(file, threads, PROMPT + NEW) as peer:
+            peer.generate(ids.tolist(), NEW)  # brings the file into memory
+            ours, theirs = interleaved(
+                lambda: tokens_per_second(partial(seconds_of, engine), 1),
+                lambda: tokens_per_second(lambda _, new_tokens: peer.seconds(ids.tolist(), new_tokens), 1),
+                rounds,
+            )
+    conditions = f"{shape}, compiled; {PROMPT} + {NEW} tokens, {threads} threads; peer: {bench_llama.build()}"
+    return Row("int8 decode, 1 at once, beside llama.cpp Q8_0", ours, theirs, "tokens/s", conditions, LLAMA_TARGET)
 
 
 def _row(
@@ -242,11 +285,16 @@ def idefics() -> IdeficsForVisionText2Text:
 
 
 def half_billion() -> VLMModel:
+    """A language model of half a billion."""
+    return qwen3(HALF_BILLION)
+
+
+def qwen3(shape: dict[str, int]) -> VLMModel:
     """A Qwen3 shape with random weights, and as little of a composite around it as there can be."""
     tower = {"patch_size": 16, "embed_dim": 64, "depth": 1, "num_heads": 1}
     config = VLMConfig(
         vision={"name": "timm:vit_tiny_patch16_224", "image_size": (32, 32), "kwargs": tower},
-        text_config=Qwen3Config(**HALF_BILLION),
+        text_config=Qwen3Config(**shape),
         adapter={"layers": (0,), "feed_forward": 0, "heads": 1, "head_dim": 64},
     )
     return VLMModel(config).eval()

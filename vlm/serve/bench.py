@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import http.client
 import io
+import itertools
 import json
 import random
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -34,9 +36,32 @@ from vlm.model import VLMModel
 from vlm.processing import VLMImageProcessor, VLMProcessor, complete_tokenizer
 from vlm.saving import save
 
-RANDOM = "random weights: Qwen3 shape 8 × 512, ViT 6 × 384 of 224 pixels"
-PIXELS = (224, 224)
+from . import bench_soak
+
+PIXELS = (224, 224)  # of the pictures that are sent
+HEAD = 64  # features of an attention head
 LIGHT = 0.1  # of the requests a second that many clients get answered
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of random weights: layers × features of its towers, features of a feed-forward layer, a side of a picture."""
+
+    text: tuple[int, int]
+    inner: int
+    vision: tuple[int, int]
+    pixels: int
+
+    def __str__(self) -> str:
+        layers, width = self.text
+        depth, features = self.vision
+        return f"random weights: Qwen3 shape {layers} × {width}, ViT {depth} × {features} of {self.pixels} pixels"
+
+
+MEASURED = Shape((8, 512), 1536, (6, 384), 224)
+SOAKED = Shape(
+    (2, 64), 128, (2, 64), 64
+)  # what a server keeps of a request does not depend on how long the model takes
 
 
 def bench_serve(
@@ -48,20 +73,20 @@ def bench_serve(
     rounds: int = 3,
     soak: int = 10_000,
 ) -> list[Row]:
-    """Rows of a server of `model`, a folder; None is a model of random weights.
+    """Rows of a server of `model`, a folder; None is a model of random weights, and a small one where memory is watched.
 
     clients: how many ask at once. requests: in each measurement. tokens: of each reply. soak: requests over which memory
     is watched.
     """
     with tempfile.TemporaryDirectory(prefix="vlm-bench-") as place:
-        folder = model or random_model(Path(place, "model"))
-        with served(folder, clients) as server:
-            conditions = f"{model or RANDOM}; a picture and a question each, replies of {tokens} tokens"
+        with served(model or random_model(Path(place, "model"), MEASURED), clients) as server:
+            conditions = f"{model or MEASURED}; a picture and a question each, replies of {tokens} tokens"
             measured = Measured(server, tokens)
             measured.at_once(clients, clients)  # the first ones fill caches of every kind
             rows = _throughput(measured, clients, requests, rounds, conditions)
             rows += _first_token(measured, rows[0].ours / tokens, requests, rounds, conditions)
-            return rows + _memory(measured, clients, soak)
+        with served(model or random_model(Path(place, "small"), SOAKED), clients) as server:
+            return rows + _memory(server, clients, soak, str(model or SOAKED))
 
 
 def _throughput(measured: Measured, clients: int, requests: int, rounds: int, conditions: str) -> list[Row]:
@@ -81,17 +106,24 @@ def _first_token(measured: Measured, most: float, requests: int, rounds: int, co
     return [Row("first token, 95th percentile", light * 1e3, single * 1e3, "ms", told, "≤ 1.2 × (≥ 0.83)", True)]
 
 
-def _memory(measured: Measured, clients: int, soak: int) -> list[Row]:
+def _memory(server: Served, clients: int, soak: int, conditions: str) -> list[Row]:
     """After a tenth of the requests everything has been used once; what comes later may add nothing."""
-    measured.at_once(soak // 10, clients, new_tokens=2)
-    early = measured.server.cache_bytes(), measured.server.resident_bytes()
-    measured.at_once(soak - soak // 10, clients, new_tokens=2)
-    late = measured.server.cache_bytes(), measured.server.resident_bytes()
-    told = f"after {soak} requests; peer: after {soak // 10} of them"
+    marks = (0, soak // 10, soak // 2, soak)
+    told = []
+    for before, after in itertools.pairwise(marks):
+        bench_soak.send(server.port, range(before, after), clients)
+        while server.metric("vlm_replies_running"):
+            time.sleep(0.1)  # who hung up may still hold a row
+        told.append((server.metric("vlm_cache_bytes"), server.own_bytes()))
+    early, half, late = told
+    shown = (
+        f"{conditions}; requests of every kind and length, {clients} clients; after {marks[3]} of them, "
+        f"{{:.4g}} MiB after {marks[2]}; peer: after {marks[1]}"
+    )
     names = (("memory of the caches", "unchanged"), ("memory of the process", "≤ 1.02 × (≥ 0.98)"))
     return [
-        Row(name, after / 2**20, before / 2**20, "MiB", told, target, True)
-        for (name, target), before, after in zip(names, early, late, strict=True)
+        Row(name, last / 2**20, first / 2**20, "MiB", shown.format(between / 2**20), target, True)
+        for (name, target), first, between, last in zip(names, early, half, late, strict=True)
     ]
 
 
@@ -101,20 +133,18 @@ class Served:
     def __init__(self, process: subprocess.Popen[str], port: int) -> None:
         self.process, self.port = process, port
 
-    def cache_bytes(self) -> float:
-        """As /metrics tells."""
+    def metric(self, name: str) -> float:
+        """What /metrics tells under a name."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
         connection.close()
-        return next(float(line.split()[1]) for line in lines if line.startswith("vlm_cache_bytes "))
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
-    def resident_bytes(self) -> float:
-        """What the process holds of the machine's memory."""
-        shown = subprocess.run(
-            ["ps", "-o", "rss=", "-p", str(self.process.pid)], capture_output=True, text=True, check=True
-        )
-        return int(shown.stdout) * 1024.0
+    def own_bytes(self) -> float:
+        """Memory that the process has written, from Linux's /proc: pages of files come and go as the system sees fit."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
 
 
 @contextmanager
@@ -141,9 +171,9 @@ class Measured:
         self._chance = random.Random(0)
         self._sent = 0
 
-    def at_once(self, requests: int, clients: int, new_tokens: int | None = None) -> float:
+    def at_once(self, requests: int, clients: int) -> float:
         """New tokens a second, when so many clients send so many requests together."""
-        bodies = [self._body(new_tokens or self.tokens, stream=False) for _ in range(requests)]
+        bodies = [self._body(stream=False) for _ in range(requests)]
         shares = [bodies[start::clients] for start in range(clients)]
         with ThreadPoolExecutor(clients) as pool:
             begun = time.perf_counter()
@@ -152,7 +182,7 @@ class Measured:
 
     def first_token(self, requests: int, rate: float | None) -> float:
         """The 95th percentile of seconds to the first chunk with text; None is one request after another."""
-        bodies = [self._body(self.tokens, stream=True) for _ in range(requests)]
+        bodies = [self._body(stream=True) for _ in range(requests)]
         if rate is None:
             return _p95([self._first(body) for body in bodies])
         with ThreadPoolExecutor(requests) as pool:
@@ -185,7 +215,7 @@ class Measured:
     def _connection(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=600)
 
-    def _body(self, new_tokens: int, stream: bool) -> bytes:
+    def _body(self, stream: bool) -> bytes:
         """A picture and a question that nobody has asked."""
         self._sent += 1
         file = io.BytesIO()
@@ -198,7 +228,7 @@ class Measured:
             {"type": "text", "text": text},
         ]
         told = {"messages": [{"role": "user", "content": content}], "temperature": 0, "stream": stream}
-        return json.dumps({**told, "max_tokens": new_tokens}).encode()
+        return json.dumps({**told, "max_tokens": self.tokens}).encode()
 
 
 def _post(connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
@@ -213,8 +243,11 @@ def _p95(values: Sequence[float]) -> float:
     return quantiles(values, n=20, method="inclusive")[-1]
 
 
-def random_model(folder: Path) -> str:
+def random_model(folder: Path, shape: Shape) -> str:
     """Save a model of random weights whose words are bytes; gives the folder."""
+    layers, width = shape.text
+    depth, features = shape.vision
+    picture = (shape.pixels, shape.pixels)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(
         models.BPE({token: index for index, token in enumerate(["<pad>", "<eos>", *alphabet])}, merges=[])
@@ -224,23 +257,23 @@ def random_model(folder: Path) -> str:
     tokenizer = complete_tokenizer(
         PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
     )
-    processor = VLMProcessor(VLMImageProcessor(input_size=(3, *PIXELS)), tokenizer)
+    processor = VLMProcessor(VLMImageProcessor(input_size=(3, *picture)), tokenizer)
     text = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
+        hidden_size=width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=max(1, width // HEAD // 2),
+        head_dim=HEAD,
         max_position_embeddings=1024,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    vision = {"patch_size": 16, "embed_dim": 384, "depth": 6, "num_heads": 6}
+    vision = {"patch_size": 16, "embed_dim": features, "depth": depth, "num_heads": features // HEAD}
     config = VLMConfig(
-        vision={"name": "timm:vit_small_patch16_224", "image_size": PIXELS, "kwargs": vision},
+        vision={"name": "timm:vit_small_patch16_224", "image_size": picture, "kwargs": vision},
         text_config=text,
         adapter={"gate_init": 0.5},
         embedding_dim=256,
