@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -212,37 +213,41 @@ class JointReader(Reader):
         )
 
     def _chosen(self, sample: Sample, rng: np.random.Generator, faults: list[str]) -> list[Document]:
-        """The documents of this visit: a draw of the questions, and as many as fit into a row, in random order."""
-        every = [
-            self._encode(messages, question)
-            for messages, question in conversations(sample, self.processor.caption_prompt)
-        ]
-        if not every and not sample.images:
-            texts = plain_texts(sample) or [(caption, True) for caption in sample.captions]
-            every = [self._plain(text, ends) for text, ends in texts]
+        """The documents of this visit: a draw of the questions, and as many as fit into a row, in random order.
+
+        What is not drawn is not encoded: of a picture with ten questions, four are asked and six need no rendering.
+        """
+        every = self._documents(sample)
         if not every:
             raise SampleError(f"sample {sample.key} has no caption, question or messages")
-        every = [document for document in every if document.is_target.any()]
-        if not every:
-            raise SampleError(f"sample {sample.key} has messages without a turn of the assistant to learn")
-        order = rng.permutation(len(every))
         chosen, tokens, questions = [], 0, 0
-        for document in (every[place] for place in order):
+        for place in rng.permutation(len(every)):
+            question, encode = every[place]
+            if question is not None and self.stage.questions is not None and questions >= self.stage.questions:
+                continue
+            document = encode()
+            if not document.is_target.any():
+                continue
             if len(document.ids) > self.longest:
                 faults.append(
                     f"a document of {len(document.ids)} tokens is longer than {self.longest}; raise max_tokens"
                 )
-            elif (
-                document.question is not None and self.stage.questions is not None and questions >= self.stage.questions
-            ):
-                continue
             elif tokens + len(document.ids) <= self.stage.max_tokens:
                 chosen.append(document)
                 tokens += len(document.ids)
-                questions += document.question is not None
+                questions += question is not None
         if not chosen:
-            raise SampleError(f"sample {sample.key}: {faults[0]}")
+            reason = f": {faults[0]}" if faults else " has messages without a turn of the assistant to learn"
+            raise SampleError(f"sample {sample.key}{reason}")
         return chosen
+
+    def _documents(self, sample: Sample) -> list[tuple[Question | None, Callable[[], Document]]]:
+        """Every document of the sample, with the question it asks and how it is encoded."""
+        dialogues = conversations(sample, self.processor.caption_prompt)
+        if dialogues or sample.images:
+            return [(question, partial(self._encode, messages, question)) for messages, question in dialogues]
+        texts = plain_texts(sample) or [(caption, True) for caption in sample.captions]
+        return [(None, partial(self._plain, text, ends)) for text, ends in texts]
 
     def _plain(self, text: str, ends: bool) -> Document:
         ids = self._tokens(text, ends)

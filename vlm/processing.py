@@ -8,11 +8,12 @@ Shapes: B rows, L tokens, n pictures of the whole batch, M picture slots a row, 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
@@ -88,16 +89,31 @@ class VLMImageProcessor(BaseImageProcessor):
     def preprocess(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
         """As `__call__`."""
         listed = images if isinstance(images, (list, tuple)) else [images]
-        transform = create_transform(
+        transform = _transform(
             tuple(self.input_size),
-            interpolation=self.interpolation,
-            mean=tuple(self.mean),
-            std=tuple(self.std),
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
+            self.interpolation,
+            tuple(self.mean),
+            tuple(self.std),
+            self.crop_pct,
+            self.crop_mode,
         )
         pixels = torch.stack([transform(open_image(image)) for image in listed])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
+
+
+@lru_cache(maxsize=16)
+def _transform(
+    input_size: tuple[int, ...],
+    interpolation: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    crop_pct: float,
+    crop_mode: str,
+) -> Callable[[Image.Image], Tensor]:
+    """The timm transform of these settings. It holds nothing of a picture, and a small one costs less than making it anew."""
+    return create_transform(
+        input_size, interpolation=interpolation, mean=mean, std=std, crop_pct=crop_pct, crop_mode=crop_mode
+    )
 
 
 class VLMProcessor(ProcessorMixin):

@@ -114,6 +114,14 @@ def test_at_most_so_many_questions_drawn_anew(reader, samples):
     assert {kind for visit in visits for kind in visit.types if kind} == {"count", "untyped"}
 
 
+def test_what_is_not_drawn_is_not_encoded(reader, samples, monkeypatch):
+    joint, encoded = reader("joint", questions=1), []
+    encode = joint.processor.encode_dialogue
+    monkeypatch.setattr(joint.processor, "encode_dialogue", lambda said: encoded.append(said) or encode(said))
+    example = read(joint, sample(samples, "full"))
+    assert len(encoded) == example.documents[-1] == 2, "the caption and one of two questions"
+
+
 def test_types_stand_in_the_order_of_the_documents(reader, samples):
     joint = reader("joint")
     example = read(joint, sample(samples, "full"), seed=3)
