@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -103,6 +104,17 @@ def test_what_is_refused_leaves_them_in_step(pair, model, make_picture):
     with pytest.raises(UsageError, match="no matching head"):
         pair.match([make_picture(0)], ["a"])
     assert pair.complete("a", max_new_tokens=3) == model.complete("a", max_new_tokens=3)
+
+
+def test_what_the_others_do_not_hear_of_is_refused(pair, model):
+    """It would wait for them."""
+    ids = torch.tensor([[5, 6]])
+    for alone in (pair.model, pair.model.states, partial(pair.model.generate, max_new_tokens=2)):
+        with pytest.raises(UsageError, match="hear of VLM's methods alone; call one of these, not the model"):
+            alone(ids)
+    with pytest.raises(UsageError, match="hear of VLM's methods alone"):
+        pair.model.encode_text(ids, torch.ones_like(ids))
+    assert pair.complete("b", max_new_tokens=3) == model.complete("b", max_new_tokens=3)
 
 
 def test_a_process_holds_one_such_model(pair, folder):

@@ -92,6 +92,7 @@ class Team:
     def __init__(self, processes: int) -> None:
         self.lost: str | None = None
         self._lock = RLock()  # held from the telling to the end of the deed: all do everything in one order
+        self._told = False  # whether the others know what is being done
         self._dropped: deque[int] = deque()
         self._engines = 0
         self._listening = socket.create_server(("127.0.0.1", 0))  # where this machine alone can reach it
@@ -147,6 +148,7 @@ class Team:
             try:
                 for other in self._others:
                     _send(other, content)
+                self._told = True
                 yield
             except UsageError:  # which the others raise too
                 raise
@@ -157,6 +159,19 @@ class Team:
                 if isinstance(error, Exception):
                     raise RunError(self.lost) from error
                 raise
+            finally:
+                self._told = False
+
+    def guard(self, model: VLMModel) -> None:
+        """Let the model refuse (UsageError) what the others do not do too: it would wait for them."""
+        for module in (model, model.language_model, model.language_model.base_model):
+            module.register_forward_pre_hook(self._refuse_alone)
+
+    def _refuse_alone(self, *_: Any) -> None:
+        if not self._told:
+            raise UsageError(
+                "other processes hold this model too and hear of VLM's methods alone; call one of these, not the model"
+            )
 
     def _await_death(self, seconds: float) -> None:
         """Return when one has died, or so many seconds later."""
@@ -222,6 +237,7 @@ class TogetherVLM(VLM):
     def __init__(self, model: VLMModel, processor: VLMProcessor, team: Team) -> None:
         super().__init__(model, processor)
         self.team = team
+        team.guard(model)
 
     @property
     def lost(self) -> str | None:
