@@ -90,6 +90,11 @@ class QuantizedLinear(nn.Linear):
         return getattr(self, self.VALUES) if self.packed is None else self._unpacked()
 
     @property
+    def qweight(self) -> Tensor:
+        """Where peft looks for the device of a layer in few bits, twenty times a layer: `weight` would be made anew each time."""
+        return self.scales
+
+    @property
     def bytes(self) -> int:
         """What W takes, in files and in memory."""
         return self.in_features * self.out_features * self.BITS // 8 + self.scales.nbytes

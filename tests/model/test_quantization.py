@@ -380,6 +380,14 @@ def test_lora_learns_on_a_base_that_does_not_move(base, batch, make_model, tmp_p
         merge_lora(again)
 
 
+def test_updates_are_put_beside_without_making_the_weights_again_and_again(base, monkeypatch):
+    made: list[Int8Linear] = []
+    weight = Int8Linear.weight.fget
+    monkeypatch.setattr(Int8Linear, "weight", property(lambda layer: made.append(layer) or weight(layer)))
+    add_lora(base, r=4)
+    assert max(made.count(layer) for layer in set(made)) <= 3
+
+
 def test_a_merged_model_quantizes_on_loading(make_model, make_processor, batch, tmp_path):
     model = make_model("gpt2", gate_init=1.0)
     save(model, make_processor(), tmp_path / "full")
