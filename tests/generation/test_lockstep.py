@@ -22,6 +22,7 @@ SETTINGS = [
     Decoding(12),
     Decoding(12, temperature=1.0),
     Decoding(12, temperature=1.0, top_k=20, repetition_penalty=1.2),
+    Decoding(12, num_beams=2),
 ]
 
 
@@ -77,14 +78,14 @@ def prompts(count: int) -> list[Prompt]:
 
 def state(engine: Engine) -> list[tuple[list[int], list[int] | None]]:
     """What lies in each row and what is said there."""
-    return [(row.tokens, row.generation and row.generation.tokens) for row in engine.rows]
+    return [(row.tokens, row.generation and row.generation.tokens) for row in engine.room.rows]
 
 
 def test_requests_come_and_go_alike(engine_of):
     """Of all kinds, sampled without a seed too, cancelled while they wait and while they speak."""
     pair, added = Pair(engine_of), []
     for number, prompt in enumerate(prompts(9)):
-        added.append(pair.leading.add(prompt, SETTINGS[number % 3]))
+        added.append(pair.leading.add(prompt, SETTINGS[number % 4]))
         if number == 5:
             pair.leading.cancel(added[1])  # speaks
             pair.leading.cancel(added[5])  # waits, and has not been told of
@@ -112,7 +113,7 @@ def test_it_is_an_engine_like_any(engine_of):
     for engine in (leading, alone):
         torch.manual_seed(5)
         decodings = [*SETTINGS, replace(SETTINGS[1], seed=9)]
-        replies = [engine.add(*asked) for asked in zip(prompts(4), decodings, strict=True)]
+        replies = [engine.add(*asked) for asked in zip(prompts(5), decodings, strict=True)]
         while engine.busy:
             engine.step()
         said.append([one.tokens for one in replies])
