@@ -8,6 +8,7 @@ import pytest
 
 from vlm.errors import RunError
 from vlm.serve import bench_soak
+from vlm.serve.requests import CompletionRequest, read_request
 
 CLIENTS = 4
 
@@ -39,3 +40,10 @@ def test_an_answer_that_is_not_due_ends_it(serving):
         numbers = [n for n in range(100) if len(json.dumps(bench_soak.request(n).told).split("image_url")) > 5]
         with pytest.raises(RunError, match=rf"request {numbers[0]} of the soak is answered 400 where 200 is due"):
             bench_soak.send(running.port, numbers[:1], CLIENTS)
+
+
+def test_no_text_outlives_its_request():
+    """A parser that keeps short texts for the next request would hold what clients wrote, and grow with it."""
+    body = json.dumps({"prompt": "what a client wrote"}).encode()
+    once, again = (read_request(body, CompletionRequest, 100).prompt for _ in range(2))
+    assert once == again and once is not again

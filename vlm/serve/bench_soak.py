@@ -10,7 +10,6 @@ import http.client
 import io
 import json
 import random
-import string
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,8 @@ CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/
 MOST_WORDS, MOST_PICTURES, MOST_TURNS, MOST_TOKENS = 30, 3, 3, 16
 LEAST_PIXELS, MOST_PIXELS = 16, 160  # a side of a picture
 KEPT = 1.0  # seconds without a request after which a client connects anew, before the server hangs up
+# As few as a language has in use: a tokenizer keeps ten thousand words that it has met, whatever they are.
+WORDS = [first + vowel + last for first in "bdfgklmnprst" for vowel in "aeiou" for last in ("n", "r", "st", "ing")]
 TOPICS = 40  # requests in a row that begin as one conversation did
 
 
@@ -131,8 +132,7 @@ def _settings(chance: random.Random) -> dict[str, Any]:
 
 
 def _text(chance: random.Random) -> str:
-    words = ("".join(chance.choices(string.ascii_lowercase, k=4)) for _ in range(chance.randint(1, MOST_WORDS)))
-    return " ".join(words)
+    return " ".join(chance.choices(WORDS, k=chance.randint(1, MOST_WORDS)))
 
 
 def _picture(chance: random.Random) -> dict[str, Any]:

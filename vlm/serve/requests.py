@@ -146,7 +146,7 @@ def read_request(body: bytes, kind: type[Asked], most_marks: int) -> Asked:
     if marks > most_marks:
         raise Refusal(400, f"the body has {marks} commas and brackets, the limit is {most_marks}; ask for less at once")
     try:
-        told = from_json(body, allow_inf_nan=False)
+        told = from_json(body, allow_inf_nan=False, cache_strings="keys")  # no text stays when its request has gone
     except ValueError as error:
         raise Refusal(400, f"the body is not JSON: {error}") from None
     if not isinstance(told, dict):
