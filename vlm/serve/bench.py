@@ -60,9 +60,8 @@ class Shape:
 
 
 MEASURED = Shape((8, 512), 1536, (6, 384), 224)
-SOAKED = Shape(
-    (2, 64), 128, (2, 64), 64
-)  # what a server keeps of a request does not depend on how long the model takes
+# Small, for what a server keeps of a request does not depend on how long its model takes.
+SOAKED = Shape((2, 64), 128, (2, 64), 64)
 
 
 def bench_serve(
@@ -74,7 +73,7 @@ def bench_serve(
     rounds: int = 3,
     soak: int = 10_000,
 ) -> list[Row]:
-    """Rows of a server of `model`, a folder; None is a model of random weights, and a small one where memory is watched.
+    """Rows of a server of `model`, a folder; None is a model of random weights. Memory is watched with a small one of these.
 
     clients: how many ask at once. requests: in each measurement. tokens: of each reply. soak: requests over which memory
     is watched.
@@ -86,8 +85,8 @@ def bench_serve(
             measured.at_once(clients, clients)  # the first ones fill caches of every kind
             rows = _throughput(measured, clients, requests, rounds, conditions)
             rows += _first_token(measured, rows[0].ours / tokens, requests, rounds, conditions)
-        with served(model or random_model(Path(place, "small"), SOAKED), clients) as server:
-            return rows + _memory(server, clients, soak, str(model or SOAKED))
+        with served(random_model(Path(place, "small"), SOAKED), clients) as server:
+            return rows + _memory(server, clients, soak, str(SOAKED))
 
 
 def _throughput(measured: Measured, clients: int, requests: int, rounds: int, conditions: str) -> list[Row]:
