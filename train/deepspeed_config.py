@@ -124,14 +124,21 @@ def _precision(config: Config, given: dict[str, Any]) -> dict[str, Any]:
     return sections
 
 
+def clip_of(stage: Stage) -> float:
+    """The largest norm of a gradient; 0: no limit.
+
+    Under ZeRO, Muon's updates stand in the gradients' place before these are clipped: each matrix adds the norm of an
+    orthogonal one, and a limit of 1 would shrink them all by as much.
+    """
+    return 0.0 if stage.optimizer == "muon" else stage.clip
+
+
 def _rest(config: Config, stage: Stage) -> dict[str, Any]:
     muon = stage.optimizer == "muon"
     # DeepSpeed's Muon wants whole gradients, which ZeRO-3 would scatter as it sums them.
     whole_gradients = {"reduce_scatter": False} if muon and config.zero == 3 else {}
     return {
-        # Under ZeRO, Muon's updates stand in the gradients' place before these are clipped: each matrix adds the norm of an
-        # orthogonal one, and a limit of 1 would shrink them all by as much.
-        "gradient_clipping": 0.0 if muon else stage.clip,
+        "gradient_clipping": clip_of(stage),
         "zero_optimization": {"stage": config.zero, **whole_gradients},
         "tensor_parallel": {"autotp_size": config.tensor_parallel},
         # Filled in where the user writes a section with "auto", never added.

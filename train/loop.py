@@ -39,7 +39,7 @@ from .build import build
 from .checkpoint import Checkpoints, Progress, full_weights, plain_model
 from .config import Config, Stage
 from .data import RunData
-from .deepspeed_config import deepspeed_config, micro_batch_size
+from .deepspeed_config import clip_of, deepspeed_config, micro_batch_size
 from .flops import ModelFlops, peak_flops
 from .gauges import gradient_norms, look
 from .log import RunLog
@@ -196,6 +196,8 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     objective.train()
+    if config.zero == 0:
+        ds_config["gradient_clipping"] = 0.0  # `take_step` knows the norm already
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     if config.zero == 0 and data_ranks() == 1:
         # The mean over one rank is the gradient itself; DeepSpeed would copy all gradients twice to find it.
@@ -253,7 +255,7 @@ def take_step(engine: DeepSpeedEngine) -> float:
 
     With Muon under ZeRO it is the norm of Muon's updates and of the other gradients together.
 
-    A gradient that is not finite changes no weight. ZeRO sees to both itself; without it nobody does.
+    A gradient that is not finite changes no weight. ZeRO sees to this and to clipping itself; without it nobody does.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
@@ -267,11 +269,12 @@ def take_step(engine: DeepSpeedEngine) -> float:
             parameter.grad = torch.zeros_like(parameter)  # as DeepSpeed does where it has ranks to average over
         if parameter.grad is not None:
             held.append((parameter, parameter.grad))
-    norm = norm_over_shares(held)
+    norm, most = norm_over_shares(held), clip_of(engine.module.stage)
     if not math.isfinite(norm):
-        # Zeros, not None: DeepSpeed's clipping fails where no gradient is left at all.
         torch._foreach_zero_([gradient for _, gradient in held])
         set_rates(engine.optimizer, 0.0)
+    elif most and norm > most:
+        torch._foreach_mul_([gradient for _, gradient in held], most / norm)
     engine.step()
     return norm
 

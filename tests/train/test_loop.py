@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +18,13 @@ from vlm.saving import read, save
 from vlm.shards import Shards
 from vlm.train import loop
 from vlm.train.batches import READERS, MicroBatches, on_device
-from vlm.train.config import load_config
+from vlm.train.config import Stage, load_config
 from vlm.train.log import RunLog
-from vlm.train.loop import attention_of
+from vlm.train.loop import attention_of, take_step
 from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import rate
 from vlm.train.order import Order
+from vlm.train.ranks import join
 
 
 def same(one: dict, other: dict, **close) -> bool:
@@ -76,6 +78,29 @@ def loss_of(model, shards: str, left, stage: int, samples: int, shuffle: bool = 
     objective = OBJECTIVES[settings.objective](loaded.eval(), settings)
     with torch.no_grad():
         return float(objective(batch, Plan(objective.targets(batch)))[0])
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0, 1e6])
+def test_without_zero_a_long_gradient_is_shortened_as_torch_does(most):
+    """Of a step in one process; one parameter has no gradient."""
+    join()
+    module, twin = (torch.nn.ModuleList(torch.nn.Linear(3, 5) for _ in range(2)) for _ in range(2))
+    for own, theirs in zip(module[0].parameters(), twin[0].parameters(), strict=True):
+        own.grad = torch.randn_like(own) * 10
+        theirs.grad = own.grad.clone()
+    module.stage = Stage(objective="clm", steps=1, clip=most)
+    engine = SimpleNamespace(
+        module=module,
+        is_gradient_accumulation_boundary=lambda: True,
+        zero_optimization=lambda: False,
+        step=lambda: None,
+    )
+    norm = take_step(engine)
+    expected = torch.nn.utils.clip_grad_norm_(twin.parameters(), most or math.inf)
+    assert math.isclose(norm, float(expected), rel_tol=1e-6) and norm > 1
+    for own, theirs in zip(module[0].parameters(), twin[0].parameters(), strict=True):
+        torch.testing.assert_close(own.grad, theirs.grad)
+    assert not any(own.grad.any() for own in module[1].parameters())
 
 
 @pytest.mark.parametrize(
