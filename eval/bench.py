@@ -53,7 +53,7 @@ def bench_eval(model: str | Path, data: str | Path, batch: int = 32, limit: int 
     order, with the same batch. Ours opens the data, asks, scores and reports, once, without blind and shuffled.
     Raises UsageError for data without questions about pictures.
     """
-    loaded, task = load(model), VQA()
+    loaded, task = load(model, at_once=batch), VQA()
     samples = Shards.open(data).first(limit)
     items, look = task.items(samples, loaded.processor.caption_prompt), as_it_is(samples)
     if not items:

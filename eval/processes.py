@@ -28,4 +28,4 @@ def answer_in_processes(answer: Callable[..., None], model: Any, plan: Any, kept
 
 def _work(answer: Callable[..., None], model: str, plan: Any, kept: Path, share: Share) -> None:
     device = share.take()
-    answer(load(model, device=device), plan, kept, share)
+    answer(load(model, device=device, at_once=plan.batch), plan, kept, share)

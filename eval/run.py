@@ -116,7 +116,7 @@ def evaluate(
     with _answers_folder(out, processes) as folder:
         if processes > 1 and folder is not None:
             answer_in_processes(answer, model, plan, folder, processes)
-        loaded = load(model) if isinstance(model, str | Path) else model
+        loaded = load(model, at_once=batch) if isinstance(model, str | Path) else model
         kept = Kept.of(folder, loaded)
         jobs = [job for source in sources for job in source.jobs(plan, loaded)]
         outcomes = [_outcome(job, loaded, plan, kept) for job in jobs]

@@ -29,6 +29,7 @@ from vlm.inputs import as_list, check_length, filled, parts, picture_key
 from vlm.likelihood import reply_likelihoods, text_likelihoods
 from vlm.lora import load_lora, merge_lora
 from vlm.model import VLMModel
+from vlm.packed_linear import lay_out
 from vlm.processing import MASK, VLMProcessor, check_places, pictures_of, user_turn
 from vlm.quantization import check_scheme, is_quantized
 from vlm.quantization import quantize as quantize_model
@@ -43,6 +44,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
     adapter: str | Path | None = None,
+    at_once: int = 1,
 ) -> VLM:
     """Load a model folder or a hub id, ready to be asked.
 
@@ -50,6 +52,8 @@ def load(
     language model and the adapters as they are read; None, weights as saved, be they quantized or not.
     adapter: the OUT/adapter that training with LoRA left, put onto its base and merged; a quantized base, or one that was
     for the training and so becomes it again, has it beside.
+    at_once: how many requests are decoded together, as a rule: above 1, float weights on a CPU are packed, which more than one
+    row gains by and a single one loses (see `vlm.packed_linear.PackedLinear`; to train on, load for 1).
     Raises UsageError for a folder that is missing, of another kind, or broken, for another `quantize`, and for one to
     quantize that is quantized already.
     """
@@ -65,7 +69,9 @@ def load(
         adapter is not None and (model.config.quantization or {}).get("scheme") == quantize
     ):
         quantize_model(model, quantize)
-    return VLM(model.to(place), processor)
+    model = model.to(place).eval()
+    lay_out(at_once, model.language_model, model.adapters)
+    return VLM(model, processor)
 
 
 class VLM:

@@ -36,7 +36,7 @@ def caption_all(
         raise UsageError(f"replicas is {replicas}; it must be at least 1")
     names, replicas = [str(picture) for picture in pictures], min(replicas, len(pictures))
     if replicas == 1:
-        return load(model, device=device).caption(names, **options)
+        return load(model, device=device, at_once=len(names)).caption(names, **options)
     captions = [""] * len(names)
     shared = in_processes(_captions, replicas, model, names, device, options, mend=MEND)
     for process, texts in enumerate(shared):
@@ -46,5 +46,5 @@ def caption_all(
 
 
 def _captions(model: str, names: list[str], device: str, options: dict[str, Any], share: Share) -> list[str]:
-    place = share.take(device)
-    return load(model, device=place).caption([names[number] for number in share.of(len(names))], **options)
+    own = [names[number] for number in share.of(len(names))]
+    return load(model, device=share.take(device), at_once=len(own)).caption(own, **options)

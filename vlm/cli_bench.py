@@ -91,7 +91,7 @@ def bench_kernels_command(
     rounds: Annotated[int, typer.Option(help="how often each is measured, in turns")] = 15,
     out: Out = None,
 ) -> None:
-    """Every candidate for a quantized linear layer on this machine, beside float32.
+    """Every candidate for a packed or quantized linear layer on this machine, beside PyTorch's own.
 
     Example: vlm bench kernels --out bench.json
     """

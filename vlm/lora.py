@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vlm.errors import RunError, UsageError
 from vlm.files import atomic_folder
+from vlm.packed_linear import unpack
 from vlm.quantization import is_quantized, quantize
 
 # Name of a tower -> the attribute of the composite, and the folder that its updates lie in.
@@ -85,6 +86,7 @@ def merge_lora(model: Any, keep: bool = False) -> None:
             "a LoRA update does not merge into a quantized model, which would round it away; leave it beside, or merge it "
             "into the full-precision model and quantize that"
         )
+    unpack(model)
     for tower in _updated_towers(model):
         part = _part(model, tower)
         for name, layer in list(_updated_layers(part)):

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from vlm.adapters import GatedCrossAttention
 from vlm.errors import UsageError
+from vlm.packed_linear import packed_layers, unpack
 from vlm.quantized_linear import SCHEMES, Int4Linear, Int8Linear, QuantizedLinear
 
 PARTS, VISION = ("language_model", "adapters"), ("vision", "resampler")
@@ -62,6 +63,7 @@ def quantize(model: Any, scheme: str, vision: bool = False, base: bool = False) 
         raise UsageError(
             f"the model is quantized to {model.config.quantization['scheme']} already; quantize the full-precision one"
         )
+    unpack(model)
     for name, module in chosen(model, vision, base):
         model.set_submodule(name, quantized(module, scheme))
     _untie(model)
@@ -95,8 +97,9 @@ def pack(model: nn.Module) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """How many numbers the model holds, those that are quantized included."""
-    inside = sum(layer.in_features * layer.out_features for _, layer in layers(model))
+    """How many numbers the model holds, those that are quantized or packed included."""
+    held = [*(layer for _, layer in layers(model)), *(layer for layer in packed_layers(model) if not layer.shared)]
+    inside = sum(layer.in_features * layer.out_features for layer in held)
     return inside + sum(parameter.numel() for parameter in model.parameters())
 
 

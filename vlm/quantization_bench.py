@@ -1,6 +1,6 @@
-"""`vlm bench kernels`: what rounding the weights of a linear layer saves in time.
+"""`vlm bench kernels`: what packing or rounding the weights of a linear layer saves in time.
 
-Knows the candidate kernels of PyTorch for a quantized linear layer. Knows nothing of models or of decoding.
+Knows the candidate kernels of PyTorch for a linear layer that does not learn. Knows nothing of models or of decoding.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vlm.benchmark import Row, interleaved, seconds
+from vlm.packed_linear import PackedLinear
 from vlm.quantized_linear import GROUP, Int4Linear, Int8Linear
 
 ROWS = (1, 8, 32)
-SHAPES = ((768, 768), (1024, 3072), (3072, 1024), (4096, 4096))  # K, N
+SHAPES = ((768, 768), (1024, 3072), (3072, 1024), (4096, 4096), (768, 32_000))  # K, N; the last is a head
 COLD_BYTES = 256 * 2**20  # more than any cache holds: every call finds its weight in memory
 Product = Callable[[Tensor], Tensor]
 
@@ -25,16 +26,18 @@ Product = Callable[[Tensor], Tensor]
 
 
 def bench_kernels(rounds: int = 15) -> list[Row]:
-    """Each candidate's linear layer beside float32's, cold weights, in turns; this machine's threads. Kernels that are slower
-    than a tenth of float32's speed at their first call are told by that call alone."""
+    """Each candidate's linear layer beside float32's, or bfloat16's where its name begins so, cold weights, in turns; this
+    machine's threads. Kernels that are slower than a tenth of the peer's speed at their first call are told by that alone."""
     rows = []
     for in_features, out_features in SHAPES:
         linear = nn.Linear(in_features, out_features, bias=False).requires_grad_(False)
         for name, make in CANDIDATES.items():
-            ours = _cold(linear, make, 1 if "int4" not in name else 2)
-            peers = _cold(linear, _fp32, 0.25)
+            ours = _cold(linear, make, next(density for kind, density in PER_BYTE.items() if name.startswith(kind)))
+            peer = torch.bfloat16 if name.startswith("bf16") else torch.float32
+            peers = _cold(linear, _plain(peer), 1 / peer.itemsize)
             for count in ROWS:
-                rows.append(_kernel_row(name, ours, peers, torch.randn(count, in_features), out_features, rounds))
+                x = torch.randn(count, in_features, dtype=peer)
+                rows.append(_kernel_row(name, ours, peers, x, out_features, rounds))
     return rows
 
 
@@ -43,7 +46,9 @@ def _kernel_row(name: str, ours: list[Product], peers: list[Product], x: Tensor,
     first = seconds(lambda: next(mine)(x)), seconds(lambda: next(theirs)(x))
     if first[0] < 10 * first[1]:
         first = interleaved(lambda: seconds(lambda: next(mine)(x)), lambda: seconds(lambda: next(theirs)(x)), rounds)
-    conditions = f"{x.shape[0]} rows, {x.shape[1]} → {out_features}, {torch.get_num_threads()} threads; peer: fp32"
+    conditions = (
+        f"{x.shape[0]} rows, {x.shape[1]} → {out_features}, {torch.get_num_threads()} threads; peer: {str(x.dtype)[6:]}"
+    )
     return Row(name, first[0] * 1e6, first[1] * 1e6, "µs", conditions, less_is_better=True)
 
 
@@ -53,8 +58,26 @@ def _cold(linear: nn.Linear, make: Callable[[nn.Linear], Product], per_byte: flo
     return [make(linear) for _ in range(max(2, int(COLD_BYTES / size)))]
 
 
-def _fp32(linear: nn.Linear) -> Product:
-    return copy.deepcopy(linear)
+def _plain(dtype: torch.dtype) -> Callable[[nn.Linear], Product]:
+    return lambda linear: copy.deepcopy(linear).to(dtype)
+
+
+def _packed(dtype: torch.dtype) -> Callable[[nn.Linear], Product]:
+    def make(linear: nn.Linear) -> Product:
+        layer = PackedLinear(copy.deepcopy(linear).to(dtype).eval())
+        return lambda x: layer(x.to(dtype))
+
+    return make
+
+
+def _onednn_plain(linear: nn.Linear) -> Product:
+    weight = linear.weight.detach().clone()
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+def _transposed(linear: nn.Linear) -> Product:
+    weight = linear.weight.detach().t().contiguous()
+    return lambda x: x @ weight
 
 
 def _onednn(linear: nn.Linear) -> Product:
@@ -106,7 +129,12 @@ def _int4_float32(linear: nn.Linear) -> Product:
     return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
 
 
+PER_BYTE = {"fp32": 0.25, "bf16": 0.5, "int8": 1.0, "int4": 2.0}  # first word of a name -> weights a byte
 CANDIDATES: dict[str, Callable[[nn.Linear], Product]] = {
+    "fp32, packed, as used": _packed(torch.float32),
+    "fp32, oneDNN, not packed": _onednn_plain,
+    "fp32, transposed": _transposed,
+    "bf16, packed, as used": _packed(torch.bfloat16),
     "int8, as used": lambda linear: Int8Linear(linear.weight, None),
     "int8, oneDNN": _onednn,
     "int8, _int_mm": _int_mm,

@@ -21,6 +21,7 @@ from vlm.benchmark import Row, interleaved
 from vlm.configuration import VLMConfig
 from vlm.errors import UsageError
 from vlm.model import VLMModel
+from vlm.packed_linear import lay_out
 from vlm.quantization import quantize
 from vlm.quantized_linear import QuantizedLinear
 
@@ -88,9 +89,16 @@ def bench_decode(against: str | None, rounds: int) -> list[Row]:
 
 def beside_idefics(rounds: int) -> list[Row]:
     """The engine beside Hugging Face's Idefics (Flamingo's idea too), which projects the image again for every token."""
-    ours, peer = partial(engine_seconds, composite()), idefics()
+    model, peer = composite(), partial(idefics_seconds, idefics())
     return [
-        _row(f"decode, {rows} at once, beside Idefics", ours, partial(idefics_seconds, peer), rows, rounds, target)
+        _row(
+            f"decode, {rows} at once, beside Idefics",
+            partial(engine_seconds, ready(model, rows)),
+            peer,
+            rows,
+            rounds,
+            target,
+        )
         for rows, target in BATCHES.items()
     ]
 
@@ -115,12 +123,12 @@ def beside_beams(rounds: int) -> list[Row]:
 def beside_float32(rounds: int) -> list[Row]:
     """A language model of half a billion in int8 and int4 beside itself in float32, text alone, all by the engine."""
     model, rows = half_billion(), []
-    full = partial(engine_seconds, model)
     for scheme, targets in QUANTIZED.items():
         smaller = copy.deepcopy(model)
         quantize(smaller, scheme)
         for at_once, target in targets.items():
             name = f"{scheme} decode, {at_once} at once, beside float32"
+            full = partial(engine_seconds, ready(model, at_once))
             ours = partial(engine_seconds, smaller)
             rows.append(_row(name, ours, full, at_once, rounds, target, _shape(model)))
     return rows
@@ -263,6 +271,12 @@ def composite() -> VLMModel:
     vision = {"name": "timm:vit_small_patch16_224"}
     adapter = {"every": 2, "gate_init": 1.0}
     return VLMModel(VLMConfig(vision=vision, text_config=text, adapter=adapter, image_token_id=IMAGE)).eval()
+
+
+def ready(model: VLMModel, at_once: int) -> VLMModel:
+    """The model as `vlm.load` hands it out, in place."""
+    lay_out(at_once, model.language_model, model.adapters)
+    return model
 
 
 def idefics() -> IdeficsForVisionText2Text:

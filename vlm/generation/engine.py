@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm.errors import UsageError
 from vlm.model import VLMModel
+from vlm.packed_linear import packed_layers
 
 from .choosing import choose, continuations
 from .decoding import Decoding
@@ -162,7 +163,9 @@ class Engine:
 
     def _state_of_weights(self) -> int:
         """Changes whenever weights do; what was read with others is worth nothing."""
-        return hash(tuple((weight.data_ptr(), weight._version) for weight in self.model.parameters()))
+        plain = ((weight.data_ptr(), weight._version) for weight in self.model.parameters())
+        packed = (layer.packed.number for layer in packed_layers(self.model) if layer.packed)
+        return hash((*plain, *packed))
 
     def _look(self, unseen: Unseen) -> None:
         """Encode pictures, all at once, and hang them where they are wanted."""

@@ -72,7 +72,8 @@ class Settings:
         if self.tensor_parallel > 1:
             model: VLM = load_together(self.model, self.tensor_parallel, device=self.device)
         else:
-            model = load(self.model, device=self.device, quantize=self.quantize)
+            rows = self.limits.rows
+            model = load(self.model, device=self.device, quantize=self.quantize, at_once=rows)
         engine = {"length": self.length, "compile": self.compile, "int8_cache": self.int8_cache}
         return Service(model, self.name, self.limits, **engine)
 
