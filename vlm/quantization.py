@@ -98,7 +98,8 @@ def pack(model: nn.Module) -> None:
 
 def parameter_count(model: nn.Module) -> int:
     """How many numbers the model holds, those that are quantized or packed included."""
-    held = [*(layer for _, layer in layers(model)), *(layer for layer in packed_layers(model) if not layer.shared)]
+    quantized_layers = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    held = [*quantized_layers, *(layer for layer in packed_layers(model) if not layer.shared)]
     inside = sum(layer.in_features * layer.out_features for layer in held)
     return inside + sum(parameter.numel() for parameter in model.parameters())
 

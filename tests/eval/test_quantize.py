@@ -47,7 +47,7 @@ def test_a_folder_with_a_contract(made, tmp_path, capsys):
 def test_without_data_quality_is_not_claimed(made, tmp_path, capsys):
     assert command(made, tmp_path / "q", "--vision") == 0
     assert "quality: not measured, for no --data was given" in capsys.readouterr().out
-    assert vlm.load(tmp_path / "q").model.config.quantization == {"scheme": "int8", "vision": True}
+    assert vlm.load(tmp_path / "q").model.config.quantization == {"scheme": "int8", "vision": True, "base": False}
 
 
 @pytest.mark.parametrize("name", ["vqa", "caption"])

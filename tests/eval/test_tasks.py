@@ -266,7 +266,7 @@ def test_shard_tasks_say_what_they_need() -> None:
 def test_the_command_takes_every_setting(textvqa, puppet, tmp_path: Path, monkeypatch, capsys) -> None:
     model = puppet(lambda numbers, prompt: f"it is {numbers[0]}")
     model.vectors = {number: np.ones(2, dtype=np.float32) for number in range(1, 110)}
-    monkeypatch.setattr("vlm.eval.run.load", lambda path: model)
+    monkeypatch.setattr("vlm.eval.run.load", lambda path, **options: model)
     shots = ["--shots", "2", "--shots-by", "similar", "--seed", "3", "--prompt", "{question}"]
     arguments = ["eval", "m", "textvqa", "--data", str(textvqa()), "--out", str(tmp_path / "out"), "--no-shuffled"]
     assert cli([*arguments, *shots, "--choice", "generate"]) == 0
