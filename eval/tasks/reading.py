@@ -12,7 +12,8 @@ import json
 import pickle
 import sys
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,20 @@ def read_table(path: Path, delimiter: str = "\t") -> list[dict[str, str]]:
     """A table whose first line names the columns, quoted as Excel does."""
 
     def rows() -> list[dict[str, str]]:
-        csv.field_size_limit(sys.maxsize)  # a picture in base64 is longer than csv expects of a field
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file, _long_fields():
             return [dict(row) for row in csv.DictReader(file, delimiter=delimiter)]
 
     return _read(path, rows, "a table")
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """A picture in base64 is longer than csv lets a field be, for everybody in the process."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def read_parquet(path: Path) -> Any:

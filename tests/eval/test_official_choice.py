@@ -12,6 +12,7 @@ from vlm.errors import UsageError
 from vlm.eval.run import evaluate
 from vlm.eval.tasks import TASKS
 from vlm.eval.tasks.choosing import letter_of
+from vlm.eval.tasks.reading import read_table
 
 # ------------------------------------------------------------------------------------------------ the ways of choosing
 
@@ -132,6 +133,14 @@ def test_a_table_without_the_published_columns_is_named(tmp_path: Path, run_task
     (tmp_path / "MMBench_DEV_EN.tsv").write_text("index\tquestion\n1\tWhat?\n")
     with pytest.raises(UsageError, match=r"an entry of mmbench is not as published \(KeyError: 'image'\)"):
         run_task(puppet(), "mmbench", tmp_path)
+
+
+def test_fields_may_be_long_in_tables_of_benchmarks_alone(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    long = "x" * (before + 1)
+    (tmp_path / "table.tsv").write_text(f"index\timage\n1\t{long}\n")
+    assert read_table(tmp_path / "table.tsv") == [{"index": "1", "image": long}]
+    assert csv.field_size_limit() == before
 
 
 def test_a_way_that_a_task_does_not_have_is_named(mmbench, puppet) -> None:
