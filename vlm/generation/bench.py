@@ -21,7 +21,7 @@ from vlm.benchmark import Row, interleaved
 from vlm.configuration import VLMConfig
 from vlm.errors import UsageError
 from vlm.model import VLMModel
-from vlm.packed_linear import lay_out
+from vlm.packed_linear import lay_out, unpack
 from vlm.quantization import quantize
 from vlm.quantized_linear import QuantizedLinear
 
@@ -121,16 +121,20 @@ def beside_beams(rounds: int) -> list[Row]:
 
 
 def beside_float32(rounds: int) -> list[Row]:
-    """A language model of half a billion in int8 and int4 beside itself in float32, text alone, all by the engine."""
+    """A language model of half a billion in int8 and int4 beside itself in float32, text alone, all by the engine: in PyTorch's
+    own layers, which the targets speak of, and laid out as `vlm.load` does it."""
     model, rows = half_billion(), []
+    full, shape = partial(engine_seconds, model), _shape(model)
     for scheme, targets in QUANTIZED.items():
         smaller = copy.deepcopy(model)
         quantize(smaller, scheme)
+        ours = partial(engine_seconds, smaller)
         for at_once, target in targets.items():
             name = f"{scheme} decode, {at_once} at once, beside float32"
-            full = partial(engine_seconds, ready(model, at_once))
-            ours = partial(engine_seconds, smaller)
-            rows.append(_row(name, ours, full, at_once, rounds, target, _shape(model)))
+            unpack(model)
+            rows.append(_row(f"{name} in plain layers", ours, full, at_once, rounds, target, shape))
+            ready(model, at_once)
+            rows.append(_row(f"{name} laid out", ours, full, at_once, rounds, "", shape))
     return rows
 
 
