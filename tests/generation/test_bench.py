@@ -29,7 +29,7 @@ def test_rows_are_written(tmp_path, monkeypatch):
     with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all the rest
         assert run(["bench", "decode", "--rounds", "1", "--out", str(tmp_path / "rows.json")]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert len(rows) == 2 + 2 + 2 + 4 + 1
+    assert len(rows) == 2 + 2 + 2 + 2 * 4 + 1  # int8 and int4 beside float32 in plain layers, and laid out
     assert all(row["ours"] > 0 and row["peer"] > 0 for row in rows)
     assert [row["target"] for row in rows[:2]] == ["≥ 1.4", "≥ 2.5"]
 
