@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engines import finish
+from models import lively
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlm.errors import UsageError
@@ -61,21 +63,6 @@ def assert_found(search: BeamSearch | None, expected: tuple[list[list[int]], tor
     assert [one.tokens for one in search.hypotheses] == expected[0]
     scores = torch.tensor([one.score for one in search.hypotheses])
     torch.testing.assert_close(scores, expected[1], rtol=1e-4, atol=1e-5)
-
-
-def lively(model):
-    """The model with larger weights: a tiny one at birth says one word again and again, whatever it is asked."""
-    with torch.no_grad():
-        for weight in getattr(model, "language_model", model).parameters():
-            if weight.ndim >= 2:
-                weight.mul_(6)
-    return model
-
-
-def finish(engine: Engine) -> None:
-    """Step until nobody is left."""
-    while engine.busy:
-        engine.step()
 
 
 @pytest.fixture(scope="module")

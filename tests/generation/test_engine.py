@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engines import finish
+from models import lively
 
 from vlm.errors import UsageError
 from vlm.generation.decoding import Decoding
@@ -49,21 +51,6 @@ def judged(model, prompt: Prompt, new_tokens: int, **options) -> list[int]:
     )
     tokens = out[0, len(prompt.ids) :].tolist()
     return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
-
-
-def lively(model):
-    """The model with larger weights: a tiny one at birth says one word again and again, whatever it is asked."""
-    with torch.no_grad():
-        for weight in model.language_model.parameters():
-            if weight.ndim >= 2:
-                weight.mul_(6)
-    return model
-
-
-def finish(engine: Engine) -> None:
-    """Step until nobody is left."""
-    while engine.busy:
-        engine.step()
 
 
 @pytest.fixture(scope="module")

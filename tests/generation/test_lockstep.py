@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from models import lively
 
 from vlm.errors import RunError, UsageError
 from vlm.generation.decoding import Decoding
@@ -27,21 +28,17 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def lively(make_model):
-    """Large weights: a tiny model at birth says one word again and again."""
-    model = make_model(gate_init=1.0)
-    with torch.no_grad():
-        for weight in model.language_model.parameters():
-            weight.mul_(6 if weight.ndim >= 2 else 1)
-    return model
+def model(make_model):
+    """The same for all."""
+    return lively(make_model(gate_init=1.0))
 
 
 @pytest.fixture
-def engine_of(lively, make_tokenizer) -> Callable[..., Engine]:
+def engine_of(model, make_tokenizer) -> Callable[..., Engine]:
     """An engine of that class."""
 
     def make(kind: type[Engine] = Engine, **options) -> Engine:
-        return kind(lively, make_tokenizer(), [1], rows=ROWS, **options)
+        return kind(model, make_tokenizer(), [1], rows=ROWS, **options)
 
     return make
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import logits
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -25,19 +26,6 @@ from vlm.lora import (
 
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])  # Conv1D, grouped linears, an encoder
 GATE = "adapters.1.attention_gate"
-
-
-@pytest.fixture
-def batch() -> dict[str, torch.Tensor]:
-    """Tokens (2, 9) with a picture each, and the pictures."""
-    ids = torch.randint(6, 250, (2, 9), generator=torch.Generator().manual_seed(1))
-    ids[:, 1] = 3
-    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
-
-
-def logits(model: vlm.VLMModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def trained(model: vlm.VLMModel, **options: object) -> vlm.VLMModel:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from models import logits
 from torch import Tensor, nn
 
 import vlm
@@ -26,19 +27,6 @@ DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def small_layers_too(monkeypatch):
     """Packing of the tiny layers of these tests."""
     monkeypatch.setattr(packed_linear, "LEAST_WEIGHTS", 1)
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    """Tokens (2, 9) with a picture each, and the pictures."""
-    ids = torch.randint(6, 250, (2, 9), generator=torch.Generator().manual_seed(1))
-    ids[:, 1] = 3
-    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
-
-
-def logits(model: vlm.VLMModel, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def linear_of(in_features: int = 96, out_features: int = 70, bias: bool = True) -> nn.Linear:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import logits
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
@@ -22,19 +23,6 @@ from vlm.quantized_linear import GROUP, LEVELS, SCHEMES, Int4Linear, Int8Linear,
 from vlm.saving import read, save
 
 SCHEME = pytest.mark.parametrize("scheme", list(SCHEMES))
-
-
-@pytest.fixture
-def batch() -> dict[str, Tensor]:
-    """Tokens (2, 9) with a picture each, and the pictures."""
-    ids = torch.randint(6, 250, (2, 9), generator=torch.Generator().manual_seed(1))
-    ids[:, 1] = 3
-    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
-
-
-def logits(model: vlm.VLMModel, batch: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def linear_of(in_features: int = 96, out_features: int = 64, bias: bool = True) -> nn.Linear:

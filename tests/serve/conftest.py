@@ -21,6 +21,7 @@ from bombs import bombs
 from PIL import Image
 
 import vlm
+from vlm.saving import save
 from vlm.serve.app import Service
 from vlm.serve.limits import Limits
 from vlm.serve.server import Server, bind
@@ -133,6 +134,14 @@ def model(make_model, make_processor) -> vlm.VLM:
     with torch.no_grad():
         weight[others] = 0.0
     return vlm.VLM(tiny, processor)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, model) -> str:
+    """The tiny model, saved."""
+    place = tmp_path_factory.mktemp("served") / "model"
+    save(model.model, model.processor, place)
+    return str(place)
 
 
 @pytest.fixture(scope="session")

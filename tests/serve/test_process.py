@@ -26,14 +26,6 @@ VLM = str(Path(sys.executable).parent / "vlm")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, model) -> str:
-    """The tiny model, saved."""
-    place = tmp_path_factory.mktemp("run") / "model"
-    save(model.model, model.processor, place)
-    return str(place)
-
-
-@pytest.fixture(scope="module")
 def two_processes(folder) -> Iterator[list[subprocess.Popen]]:
     """Two servers, started together; their rows are one, so that what is slow for one client is slow for all."""
     command = [VLM, "serve", folder, "--port", "0", "--rows", "1", "--name", "tiny"]

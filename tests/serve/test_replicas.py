@@ -27,7 +27,6 @@ import pytest
 from vlm.cli import run
 from vlm.errors import RunError, UsageError
 from vlm.processes import Share
-from vlm.saving import save
 from vlm.serve.app import Stream
 from vlm.serve.limits import Limits
 from vlm.serve.refusals import Refusal
@@ -37,14 +36,6 @@ from vlm.serve.replicas import Replica, Replicas
 VLM = str(Path(sys.executable).parent / "vlm")
 TOKENS = 12
 CHATS = 'vlm_requests_total{route="/v1/chat/completions",status="200"}'
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, model) -> str:
-    """The tiny model, saved."""
-    place = tmp_path_factory.mktemp("run") / "model"
-    save(model.model, model.processor, place)
-    return str(place)
 
 
 class Started:

@@ -25,7 +25,6 @@ from torch import distributed as dist
 
 from vlm.cli import run
 from vlm.errors import RunError, UsageError
-from vlm.saving import save
 from vlm.serve.limits import Limits
 from vlm.serve.replica import Settings
 from vlm.together import TogetherVLM, load_together
@@ -33,14 +32,6 @@ from vlm.together import TogetherVLM, load_together
 VLM = str(Path(sys.executable).parent / "vlm")
 TOKENS = 12
 TEXTS = ["Hi", "What?", "A cat", "No. " * 20]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, model) -> str:
-    """The tiny model, saved."""
-    place = tmp_path_factory.mktemp("together") / "model"
-    save(model.model, model.processor, place)
-    return str(place)
 
 
 @pytest.fixture(scope="module")
