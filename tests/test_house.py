@@ -27,7 +27,7 @@ FLOORS = {
     "generation inputs likelihood model processing quantization_bench saving": 2,
     "api captioning demo explain explain_page looking serve together": 3,
     "__init__": 3,
-    "cli cli_bench cli_data": 5,
+    "cli cli_ask cli_bench cli_data": 5,
 }
 FLOOR = {name: floor for names, floor in FLOORS.items() for name in names.split()} | dict.fromkeys(PROGRAMS, 4)
 
