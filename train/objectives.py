@@ -63,23 +63,31 @@ class Objective(nn.Module, ABC):
 
     @property
     def compares(self) -> bool:
-        """Whether the loss compares this batch with other micro-batches of its step; then there is `pairs`."""
+        """Whether the loss compares this batch with other micro-batches of its step; then it is a `Comparing` one."""
         return False
 
-    def forward(self, batch: Batch, plan: Plan | None) -> Any:
-        """What `loss` returns; without a plan, the `pairs` that a plan is made of: DeepSpeed wants both to come this way."""
-        return self.pairs(batch) if plan is None else self.loss(batch, plan)
+    def forward(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
+        """What `loss` returns."""
+        return self.loss(batch, plan)
 
     @abstractmethod
     def loss(self, batch: Batch, plan: Plan) -> tuple[Tensor, Logs]:
         """The loss, and numbers to log."""
 
+
+class Comparing(Objective):
+    """One whose loss compares pictures with texts over all micro-batches of a step."""
+
+    @abstractmethod
     def pairs(self, batch: Batch) -> Pairs:
         """Pictures and texts to be compared; what is drawn at random for them is drawn before anything else."""
-        raise NotImplementedError
+
+    def forward(self, batch: Batch, plan: Plan | None) -> Any:
+        """What `loss` returns; without a plan, the `pairs` that a plan is made of: DeepSpeed wants both to come this way."""
+        return self.pairs(batch) if plan is None else self.loss(batch, plan)
 
 
-class Contrastive(Objective):
+class Contrastive(Comparing):
     """Pictures against texts over all micro-batches and ranks of a step: InfoNCE or SigLIP."""
 
     compares = True
@@ -108,7 +116,7 @@ class Contrastive(Objective):
         return pairs_of(self.model, self.stage, images, texts)
 
 
-class Joint(Objective):
+class Joint(Comparing):
     """Captions and answers, token by token, through the adapters; optionally, on the same pictures, a contrastive term and with
     it one that tells true pairs from wrong ones."""
 

@@ -65,11 +65,11 @@ def load(
         load_lora(model, adapter)
         if not is_quantized(model):
             merge_lora(model)
-    if quantize is not None and not (
-        adapter is not None and (model.config.quantization or {}).get("scheme") == quantize
-    ):
+        elif model.config.quantization["scheme"] == quantize:
+            quantize = None  # as it was for the training
+    if quantize is not None:
         quantize_model(model, quantize)
-    model = model.to(place).eval()
+    model = model.to(place)
     lay_out(at_once, model.language_model, model.adapters)
     return VLM(model, processor)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary
 
@@ -27,7 +28,7 @@ LEVELS = 127 if torch.cpu._is_vnni_supported() else 63
 CUDA_ROWS = 17  # the fewest that `torch._int_mm` takes there
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(nn.Linear, ABC):
     """x Wᵀ + b with W rounded, (…, K) -> (…, N). W is frozen; gradients flow through it to x.
 
     Two tensors stand for W in files, named by `VALUES` and `SCALES`. Where the kernel wants the values in a layout of its own,
@@ -51,18 +52,18 @@ class QuantizedLinear(nn.Linear):
         self.pack()
 
     @classmethod
+    @abstractmethod
     def rounded(cls, weight: Tensor) -> tuple[Tensor, Tensor]:
         """float (N, K) -> values and scales as they are stored."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:  # type: ignore[override]
         """(N, K), float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def product(self, rows: Tensor) -> Tensor:
         """(…, K) -> (…, N) in the dtype of `rows`, without bias."""
-        raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, K) -> (…, N), in the dtype of the input, or of autocast, as any linear layer."""
@@ -110,14 +111,17 @@ class QuantizedLinear(nn.Linear):
         setattr(self, self.VALUES, self.values)
         self.packed = None
 
+    @abstractmethod
     def _has_layout(self) -> bool:
-        raise NotImplementedError
+        """Whether the kernel of this machine wants the values in a layout of its own."""
 
+    @abstractmethod
     def _packed(self, values: Tensor) -> Any:
-        raise NotImplementedError
+        """The values in that layout."""
 
+    @abstractmethod
     def _unpacked(self) -> Tensor:
-        raise NotImplementedError
+        """The values as stored, from `packed`."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLinear:
         self._unpack()
