@@ -1,4 +1,4 @@
-"""Whole runs in one process: what they log, what they leave, what they refuse, for every objective."""
+"""Whole runs in one process: what they log, what they leave and what they make of validation, for every objective."""
 
 from __future__ import annotations
 
@@ -10,35 +10,18 @@ import numpy as np
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
-from safetensors.torch import load_file, save_file
+from model_weights import equal, weights_of
 
-from vlm.errors import RunError, UsageError
-from vlm.lora import load_lora, merge_lora
+from vlm.errors import RunError
 from vlm.saving import read, save
 from vlm.shards import Shards
-from vlm.train import loop
 from vlm.train.batches import READERS, MicroBatches, on_device
 from vlm.train.config import Stage, load_config
-from vlm.train.log import RunLog
 from vlm.train.loop import attention_of, take_step
 from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import rate
 from vlm.train.order import Order
 from vlm.train.ranks import join
-
-
-def same(one: dict, other: dict, **close) -> bool:
-    assert one.keys() == other.keys()
-    return all(torch.allclose(one[name], other[name], **close, equal_nan=True) for name in one)
-
-
-def equal(one: dict, other: dict) -> bool:
-    return same(one, other, rtol=0.0, atol=0.0)
-
-
-def weights_of(folder) -> dict:
-    return read(folder)[0].state_dict()
-
 
 # The log
 
@@ -286,6 +269,7 @@ def test_every_objective_is_validated(run, pairs, objective):
 
 # The best model
 
+
 WILD = {
     "objective": "joint",
     "steps": 30,
@@ -327,188 +311,3 @@ def test_a_stage_ends_when_patience_is_over(run, pairs):
     assert losses.index(min(losses)) == len(losses) - 4
     assert [line["step"] for line in left.steps if line["stage"] == 0][-1] == 2 * len(losses) < 30
     assert [line["stage"] for line in left.steps][-1] == 1, "the next one follows"
-
-
-# LoRA
-
-LORA = {"objective": "joint", "steps": 3, "lr": 0.01, "lora": {"r": 2}}
-
-
-@pytest.mark.parametrize("language", ["qwen3", "gpt2"])
-def test_lora_moves_linear_layers_of_the_language_model_alone(run, save_model, tmp_path, language):
-    base = save_model(tmp_path / "base", language, gate_init=0.5)
-    left = run(LORA | {"freeze": ["vision", "adapters"]}, model={"path": base})
-    before, after = weights_of(base), left.weights()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert before.keys() == after.keys() and changed
-    assert all(name.startswith("language_model.") and name.endswith("weight") for name in changed)
-    assert not any(word in name for name in changed for word in ("embed", "lm_head", "norm", "wte", "wpe", "ln_"))
-
-
-@pytest.mark.parametrize(("language", "freeze"), [("qwen3", []), ("gpt2", ["vision", "adapters"])])
-def test_the_base_with_its_adapter_is_the_merged_model(run, save_model, tmp_path, language, freeze):
-    base = save_model(tmp_path / "base", language, gate_init=0.5)
-    left = run(LORA | {"freeze": freeze}, model={"path": base})
-    model, _ = read(base)
-    merged, _ = read(left.out / "model")
-    ids, pixels = torch.tensor([[3, 40, 50, 60]]), torch.randn(1, 3, 32, 32)
-    alone = model(ids, pixel_values=pixels).logits
-    load_lora(model, left.out / "adapter")
-    model.eval()
-    expected = merged(ids, pixel_values=pixels).logits
-    assert torch.allclose(model(ids, pixel_values=pixels).logits, expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(alone, expected, rtol=1e-3, atol=1e-3)
-    merge_lora(model)
-    assert same(model.state_dict(), merged.state_dict(), rtol=1e-5, atol=1e-6)
-
-
-def test_an_adapter_brings_its_matching_head_to_a_base_without_one(run, base):
-    left = run(LORA | {"contrastive_weight": 0.1, "matching_weight": 0.5})
-    model, _ = read(base)
-    assert model.matching_head is None
-    load_lora(model, left.out / "adapter")
-    merge_lora(model)
-    merged = left.weights()
-    assert "matching_head.weight" in merged and same(model.state_dict(), merged, rtol=1e-5, atol=1e-6)
-
-
-def test_lora_on_both_towers_under_zero_3_is_that_of_one_process(run, base):
-    """With nothing held whole: dora reads weights past their layers."""
-    stage = LORA | {"steps": 3, "lora": {"r": 2, "dora": True, "rslora": True, "towers": ["text", "vision"]}}
-    split = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    plain, left = run(stage, into="plain"), run(stage, zero=3, deepspeed=split)
-    assert np.allclose(left.losses, plain.losses, rtol=1e-4)
-    assert same(left.weights(), plain.weights(), rtol=1e-2, atol=1e-4)
-    model, _ = read(base)
-    before = model.state_dict()
-    moved = {name for name, value in left.weights().items() if not torch.equal(value, before[name])}
-    assert any(name.startswith("vision.trunk.blocks") for name in moved) and "vision.trunk.pos_embed" not in moved
-    load_lora(model, left.out / "adapter")
-    merge_lora(model)
-    assert same(model.state_dict(), left.weights(), rtol=1e-4, atol=1e-6)
-    files = [load_file(path) for path in (left.out / "adapter").rglob("*.safetensors")]
-    sizes = [value.nbytes for file in files for value in file.values()]
-    assert len(files) == 3 and min(sizes) > 0
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_log_says_what_trains_and_what_it_takes(run, base, monkeypatch, optimizer):
-    """Beside the optimizer's own tensors, and those in the adapter folder."""
-    kept: list[int] = []
-    said: list[str] = []
-    monkeypatch.setattr(RunLog, "say", lambda log, text: said.append(text))
-
-    def seen(engine, *given):
-        states = engine.optimizer.state.values()
-        tensors = [value for state in states for value in state.values() if torch.is_tensor(value) and value.ndim]
-        kept.append(sum(value.nbytes for value in tensors))
-        return leave(engine, *given)
-
-    leave = loop.full_weights
-    monkeypatch.setattr(loop, "full_weights", seen)
-    left = run(LORA | {"optimizer": optimizer, "lora": {"r": 2, "dora": True}, "freeze": ["vision"]})
-    files = [load_file(path) for path in (left.out / "adapter").rglob("*.safetensors")]
-    tensors = [value for file in files for value in file.values()]
-    trains, held = sum(value.numel() for value in tensors), sum(value.nbytes for value in tensors)
-    whole = sum(parameter.numel() for parameter in read(base)[0].parameters())
-    total = whole + sum(
-        value.numel() for value in load_file(left.out / "adapter" / "adapter_model.safetensors").values()
-    )
-    words = f"trains {trains:,} of {total:,} parameters; optimizer state {kept[0]:,} bytes; adapter {held:,} bytes"
-    assert any(words in text for text in said), said
-
-
-def test_an_adapter_refuses_another_base(run, make_model, base):
-    left = run(LORA)
-    with pytest.raises(
-        UsageError, match="belongs to a model with weights .* load it onto the model it was trained from"
-    ):
-        load_lora(make_model(gate_init=0.5, seed=1), left.out / "adapter")
-
-
-@pytest.mark.parametrize("file", ["adapter_model.safetensors", "trained.safetensors"])
-def test_an_adapter_is_loaded_whole_or_not_at_all(run, base, file):
-    left = run(LORA)
-    path = left.out / "adapter" / file
-    tensors = load_file(path)
-    name = min(tensors)
-    save_file({key: value for key, value in tensors.items() if key != name} | {"extra." + name: tensors[name]}, path)
-    with pytest.raises(UsageError, match="holds"):
-        load_lora(read(base)[0], left.out / "adapter")
-    path.unlink()
-    with pytest.raises(UsageError, match="is no adapter folder"):
-        load_lora(read(base)[0], left.out / "adapter")
-
-
-def test_frozen_weights_stay_in_full_where_the_engine_holds_them_in_half(run, save_model, tmp_path):
-    """Tied embeddings too, which have two names."""
-    base = save_model(tmp_path / "base", "qwen2", gate_init=0.5)
-    stage = LORA | {"freeze": ["vision"]}
-    left = run(stage, model={"path": base}, precision="bf16", zero=2, deepspeed={"bf16": {"enabled": True}})
-    before, after = weights_of(base), weights_of(left.out / "model")
-    frozen = [name for name in before if name.startswith("vision.") or "embed" in name or "lm_head" in name]
-    assert all(torch.equal(before[name], after[name]) for name in frozen)
-
-
-def test_a_stage_after_lora_goes_on_from_the_merged_model(run):
-    left = run(LORA, {"objective": "joint", "steps": 1})
-    start = weights_of(left.out / "checkpoints" / "stage1-start" / "model")
-    assert start.keys() == left.weights().keys() and not any("lora" in name for name in start)
-
-
-# What is refused before the first step
-
-
-def refused(run, words: str, *stages, **fields) -> None:
-    with pytest.raises(UsageError, match=words) as caught:
-        run(*stages, **fields)
-    assert "\n" not in str(caught.value)
-
-
-def nothing_was_trained(out) -> bool:
-    return not (out / "model").exists() and not (out / "log.jsonl").exists()
-
-
-def test_a_stage_whose_data_holds_nothing(run, make_shards, tmp_path):
-    text = make_shards(tmp_path / "text", {key: {"pictures": 1, "text": "said of nothing"} for key in "ab"})
-    stages = ({"objective": "clm"}, {"objective": "joint"})
-    words = "^stages.1: none of 2 samples of .*/text can be used by objective joint; the last: sample . has no caption"
-    refused(run, words, *stages, data={"train": text})
-    assert nothing_was_trained(tmp_path / "run")
-
-
-def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(run, make_shards, pairs, tmp_path):
-    run({"objective": "clm"}, data={"train": pairs})
-    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
-    text = make_shards(tmp_path / "text", {"a": {"text": "x"}})
-    refused(run, "^stages.0: none of 1 samples", {"objective": "contrastive"}, data={"train": text})
-    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
-
-
-def test_a_source_that_holds_nothing_however_small_its_share(run, make_shards, pairs, tmp_path):
-    text = make_shards(tmp_path / "text", {"a": {"pictures": 1, "text": "said of nothing"}})
-    sources = [{"path": pairs, "weight": 1000.0}, {"path": text, "weight": 0.001}]
-    refused(run, "^stages.0: none of 1 samples of .*/text can be used", {"objective": "joint"}, data={"train": sources})
-    assert nothing_was_trained(tmp_path / "run")
-
-
-@pytest.mark.parametrize("objective", ["joint", "clm"])
-def test_writing_with_a_family_that_only_reads(run, save_model, tmp_path, objective):
-    bert = save_model(tmp_path / "bert", "bert")
-    words = f"stages.1: objective {objective} writes text, and family bert only reads it; use contrastive or mlm"
-    refused(run, words, {"objective": "mlm"}, {"objective": objective}, model={"path": bert})
-
-
-def test_shards_that_are_not_there(run, tmp_path):
-    refused(run, "no/such: no such shard", {"objective": "joint"}, data={"train": "no/such"})
-    refused(run, "no/such: no such shard", {"objective": "joint"}, data={"val": "no/such"})
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have fp16")
-def test_a_precision_that_the_device_has_not(run):
-    refused(run, "precision fp16 does not work on cpu; use bf16", {"objective": "joint"}, precision="fp16", zero=1)
-
-
-def test_patterns_and_targets_that_match_nothing(run):
-    refused(run, "freeze pattern 'visoin' matches none", {"objective": "joint", "freeze": ["visoin"]})
-    refused(run, "lora target 'q' matches none", {"objective": "joint", "lora": {"targets": ["q"]}})

@@ -1,0 +1,63 @@
+"""What a run refuses before the first step, in one line, with nothing trained and nothing of an earlier run lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vlm.errors import UsageError
+
+
+def refused(run, words: str, *stages, **fields) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        run(*stages, **fields)
+    assert "\n" not in str(caught.value)
+
+
+def nothing_was_trained(out) -> bool:
+    return not (out / "model").exists() and not (out / "log.jsonl").exists()
+
+
+def test_a_stage_whose_data_holds_nothing(run, make_shards, tmp_path):
+    text = make_shards(tmp_path / "text", {key: {"pictures": 1, "text": "said of nothing"} for key in "ab"})
+    stages = ({"objective": "clm"}, {"objective": "joint"})
+    words = "^stages.1: none of 2 samples of .*/text can be used by objective joint; the last: sample . has no caption"
+    refused(run, words, *stages, data={"train": text})
+    assert nothing_was_trained(tmp_path / "run")
+
+
+def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(run, make_shards, pairs, tmp_path):
+    run({"objective": "clm"}, data={"train": pairs})
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    text = make_shards(tmp_path / "text", {"a": {"text": "x"}})
+    refused(run, "^stages.0: none of 1 samples", {"objective": "contrastive"}, data={"train": text})
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
+
+
+def test_a_source_that_holds_nothing_however_small_its_share(run, make_shards, pairs, tmp_path):
+    text = make_shards(tmp_path / "text", {"a": {"pictures": 1, "text": "said of nothing"}})
+    sources = [{"path": pairs, "weight": 1000.0}, {"path": text, "weight": 0.001}]
+    refused(run, "^stages.0: none of 1 samples of .*/text can be used", {"objective": "joint"}, data={"train": sources})
+    assert nothing_was_trained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("objective", ["joint", "clm"])
+def test_writing_with_a_family_that_only_reads(run, save_model, tmp_path, objective):
+    bert = save_model(tmp_path / "bert", "bert")
+    words = f"stages.1: objective {objective} writes text, and family bert only reads it; use contrastive or mlm"
+    refused(run, words, {"objective": "mlm"}, {"objective": objective}, model={"path": bert})
+
+
+def test_shards_that_are_not_there(run, tmp_path):
+    refused(run, "no/such: no such shard", {"objective": "joint"}, data={"train": "no/such"})
+    refused(run, "no/such: no such shard", {"objective": "joint"}, data={"val": "no/such"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have fp16")
+def test_a_precision_that_the_device_has_not(run):
+    refused(run, "precision fp16 does not work on cpu; use bf16", {"objective": "joint"}, precision="fp16", zero=1)
+
+
+def test_patterns_and_targets_that_match_nothing(run):
+    refused(run, "freeze pattern 'visoin' matches none", {"objective": "joint", "freeze": ["visoin"]})
+    refused(run, "lora target 'q' matches none", {"objective": "joint", "lora": {"targets": ["q"]}})
