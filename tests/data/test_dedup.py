@@ -4,41 +4,23 @@ from __future__ import annotations
 
 import builtins
 import itertools
-import math
 import multiprocessing
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import imagehash
 import numpy as np
 import pytest
-from PIL import Image
+from near_samples import Sample, jaccard, mixed
 
 from vlm.data_tools import dedup
 from vlm.data_tools.bench_dedup import captions, labelled, peak_of
 from vlm.data_tools.dedup import Dropped, Marks, Rules, dropped, find_duplicates, sign
-from vlm.data_tools.dedup_image import NO_HASH, distances, image_hash, image_keys
-from vlm.data_tools.dedup_text import band_count, band_rows, jaccards, rare_keys, shingle, text_bands, words
+from vlm.data_tools.dedup_image import NO_HASH
 from vlm.errors import UsageError
 
-Sample = tuple[str | None, tuple[int, ...]]
 Found = dict[int, tuple[int, bool]]  # a dropped sample's number -> the kept one's, and whether that is protected
-
-WORDS = "a red blue circle square dog cat on the left right of grass table big small two sits runs".split()
-
-
-def grams(text: str | None) -> set:
-    """The judge's own n-grams, of strings; its texts are ASCII words and spaces."""
-    found = re.findall(r"[a-z0-9]+", (text or "").lower())
-    edged = ["^", *found, "$"]
-    return {*found, *itertools.pairwise(edged), *zip(edged, edged[1:], edged[2:], strict=False)} if found else set()
-
-
-def jaccard(one: str | None, other: str | None) -> float:
-    left, right = grams(one), grams(other)
-    return len(left & right) / len(left | right) if left and right else 0.0
 
 
 def near(one: Sample, other: Sample, rules: Rules) -> bool:
@@ -96,31 +78,6 @@ def run(
     pieces = put(folder, samples, sizes, rules)
     find_duplicates(folder, pieces, rules, protected, map)
     return read(folder, pieces, sizes)
-
-
-def mixed(number: int, seed: int) -> list[Sample]:
-    """Texts and pictures with families of near ones, equal ones, empty ones and flat ones."""
-    rng = np.random.default_rng(seed)
-    samples: list[Sample] = []
-    for _ in range(number):
-        text: list[str] = rng.choice(WORDS, rng.integers(1, 24)).tolist()
-        pictures = tuple(int(value) for value in rng.integers(1, 2**64, rng.integers(0, 3), dtype=np.uint64))
-        if samples and rng.random() < 0.7:
-            other = samples[rng.integers(len(samples))]
-            text = (other[0] or "").split()
-            pictures = tuple(flip(value, rng.integers(0, 64, rng.integers(0, 4))) for value in other[1])
-            for _ in range(rng.integers(0, 3)):
-                text.insert(rng.integers(len(text) + 1), str(rng.choice(WORDS)))
-        if rng.random() < 0.05:
-            pictures = (NO_HASH, *pictures[1:])
-        samples.append((" ".join(text) if rng.random() > 0.05 else None, pictures))
-    return samples
-
-
-def flip(value: int, bits: Iterable[int]) -> int:
-    for bit in bits:
-        value ^= 1 << int(bit)
-    return value
 
 
 @pytest.fixture
@@ -335,118 +292,6 @@ def test_duplicates_inside_a_crowd_are_found_by_what_is_rare(tmp_path, monkeypat
     texts = items + [f"{text} today" for text in items]
     found = run(tmp_path, [(text, ()) for text in texts], Rules("text"))
     assert found == {400 + number: (number, False) for number in range(400)}
-
-
-# Texts
-
-
-def test_words_are_the_same_however_they_are_written():
-    assert words("A Red-Circle,  on\tTop!") == words("a red circle on top") == ["a", "red", "circle", "on", "top"]
-    assert words("Ｃａｆé №") == words("CAFE\u0301 no")  # full width and one sign; letter and accent
-    assert words("红色圆圈") == list("红色圆圈")
-    assert words("किताब है") == ["किताब", "है"]
-
-
-def test_sets_are_the_judges():
-    texts = [text for text, _ in mixed(80, 1)]
-    starts, values = shingle(texts)
-    assert np.diff(starts).tolist() == [len(grams(text)) for text in texts]
-    sets = [set(values[start:stop].tolist()) for start, stop in itertools.pairwise(starts.tolist())]
-    for one, other in itertools.combinations(range(80), 2):
-        assert len(sets[one] & sets[other]) == len(grams(texts[one]) & grams(texts[other]))
-    row = np.arange(79)
-    lengths = np.diff(starts)
-    similar = jaccards((starts[:80], values[: starts[79]]), (starts[1:] - starts[1], values[starts[1] :]))
-    assert similar == pytest.approx([jaccard(texts[n], texts[n + 1]) for n in row]) and lengths.min() == 0
-
-
-@pytest.mark.parametrize(("edit", "least"), [("added", 10), ("put in", 13), ("changed", 18), ("swapped", 30)])
-def test_how_long_a_text_hides_one_edit(edit, least):
-    for length in range(4, 40):
-        one = [f"w{number}" for number in range(length)]
-        other = one.copy()
-        middle = length // 2
-        if edit == "added":
-            other.append("new")
-        elif edit == "put in":
-            other.insert(middle, "new")
-        elif edit == "changed":
-            other[middle] = "new"
-        elif length > 12:  # so that no n-gram holds both, or an end
-            other[3], other[-4] = other[-4], other[3]
-        else:
-            continue
-        assert (jaccard(" ".join(one), " ".join(other)) >= 0.8 - 1e-9) == (length >= least), length
-
-
-def test_colours_that_change_places_are_another_caption():
-    assert jaccard("red circle left of blue square", "blue circle left of red square") < 0.6
-
-
-def test_bands_are_shared_as_often_as_similarity_says():
-    """P(some band is shared) = 1 - (1 - s^rows)^bands, for sets of known similarity."""
-    assert (band_count(0.8), band_rows(0.8)) == (24, 8)
-    rng = np.random.default_rng(0)
-    for similarity, common in ((0.8, 16), (0.6, 12)):
-        values = rng.integers(0, 2**64, (2000, 20), dtype=np.uint64)  # common, and half of the rest on either side
-        rest = (20 - common) // 2
-        bands = [
-            text_bands(np.arange(2001) * (common + rest), side.ravel(), 0.8)
-            for side in (np.delete(values, np.s_[common : common + rest], 1), values[:, : common + rest])
-        ]
-        share = np.mean((bands[0] == bands[1]).any(1))
-        expected = 1 - (1 - similarity**8) ** 24
-        assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 2000))
-
-
-def test_rare_keys_never_part_what_is_near():
-    texts = [text for text, _ in mixed(120, 6)]
-    starts, values = shingle(texts)
-    row, keys = rare_keys(starts, values, np.full(120, 5, np.uint64), 0.8)
-    of = [set(keys[row == number].tolist()) for number in range(120)]
-    pairs = list(itertools.combinations(range(120), 2))
-    near = [pair for pair in pairs if jaccard(texts[pair[0]], texts[pair[1]]) >= 0.8]
-    assert len(near) > 10 and all(of[one] & of[other] for one, other in near)
-    assert sum(bool(of[one] & of[other]) for one, other in pairs) < len(pairs)
-
-
-# Pictures
-
-
-@pytest.mark.parametrize("distance", range(7))
-@pytest.mark.parametrize("samples", [10, 10**6, 10**9])
-def test_near_hashes_share_a_key(distance, samples):
-    rng = np.random.default_rng(distance)
-    hashes = rng.integers(0, 2**64, 300, dtype=np.uint64)
-    near = np.array([flip(int(value), rng.choice(64, distance, False)) for value in hashes], np.uint64)
-    assert (distances(hashes, near) == distance).all()
-    keys = image_keys(hashes, distance, samples)
-    assert (keys == image_keys(near, distance, samples)).any(1).all()
-    assert keys.shape[1] <= 128
-    assert (keys == np.roll(keys, 1, 0)).mean() < 1 / 256  # and others do not
-
-
-def picture(seed: int) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    return Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
-
-
-def test_the_hash_is_imagehashs_and_outlives_a_smaller_jpeg(tmp_path):
-    hashes = []
-    for seed in range(8):
-        image = picture(seed)
-        image.resize((80, 80)).save(tmp_path / "x.jpg", quality=60)
-        one, other = image_hash(image), image_hash(Image.open(tmp_path / "x.jpg"))
-        assert one == int(str(imagehash.phash(image)), 16)
-        assert (one ^ other).bit_count() <= 4
-        hashes.append(one)
-    assert min((a ^ b).bit_count() for a, b in itertools.combinations(hashes, 2)) > 6
-
-
-def test_a_flat_picture_has_no_hash():
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(118, 124, (64, 64, 3), dtype=np.uint8))
-    assert image_hash(noise) == image_hash(Image.new("RGB", (8, 8), "white")) == NO_HASH
 
 
 # The benchmark's parts
