@@ -1,4 +1,4 @@
-"""Pictures and files for a source to read, and the reading."""
+"""Pictures and files for a source to read, and the reading; a small set of shards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shard_files import fields, png
 from source_files import encoded
 
 from vlm.data_tools.sources import Record, Skipped, open_source
 from vlm.errors import UsageError
+from vlm.shards import ShardWriter
 
 
 @pytest.fixture
@@ -62,3 +64,20 @@ def read(tmp_path: Path) -> Callable[..., tuple[list[Record], list[Skipped]]]:
         return records, skipped
 
     return of
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Four samples in two shards: caption and questions, two images, a conversation, plain text."""
+    colour = {"question": "What colour is it?", "answer": "red", "type": "colour"}
+    with ShardWriter(tmp_path / "set", samples_per_shard=2) as writer:
+        writer.write(
+            "a", {"png": png(0), "json": fields(caption="a red square", qa=[colour, colour | {"answer": "blue"}])}
+        )
+        writer.write(
+            "b", {"0.png": png(1, (20, 6)), "1.png": png(2), "json": fields(question="Same?", answer="not at all")}
+        )
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hm hm?"}]}]
+        writer.write("c", {"png": png(3), "json": fields(messages=chat, caption="a red square")})
+        writer.write("d", {"json": fields(text="five words of plain text")})
+    return tmp_path / "set"  # fmt: skip
