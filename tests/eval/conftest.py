@@ -1,4 +1,4 @@
-"""A model whose replies a test decides, and pictures that it can tell apart."""
+"""Models whose replies a test decides or can foretell, and pictures that they can tell apart."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from seeing import SeeingModel
 
 from vlm.eval.run import evaluate
 
@@ -101,3 +102,8 @@ def picture() -> Callable[[Path, int], Path]:
 def as_json() -> Callable[[Path, Any], Path]:
     """`write_json`."""
     return write_json
+
+
+@pytest.fixture
+def model() -> SeeingModel:
+    return SeeingModel()

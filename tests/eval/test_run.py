@@ -2,114 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
+from seeing import ALL, COLOURS, PROMPT, SeeingModel, png, write_pictures
 
 from vlm.data_tools.scene_world import LEVELS
 from vlm.data_tools.scenes import make_sample
 from vlm.errors import UsageError
 from vlm.eval import pictures
 from vlm.eval.metrics.attributes import Vocabulary
-from vlm.eval.plan import Plan
-from vlm.eval.run import answer, evaluate, find_splits, summary
+from vlm.eval.run import evaluate, find_splits, summary
 from vlm.eval.tasks import TASKS
 from vlm.eval.tasks.shards import _things
-from vlm.processes import Share
 from vlm.samples import Sample, parse_sample
 from vlm.shards import Shards, ShardWriter
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
-PROMPT = "Describe the picture."
-
-
-def png(colour: tuple[int, int, int], size: tuple[int, int] = (6, 4)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-class SeeingModel:
-    """Has the surface of what `vlm.load` returns, needs no training: it reads the answer off the pixels.
-
-    So it knows what it is shown and nothing else: it names the picture's colour, and is "unsure" of one it does not know.
-    """
-
-    def __init__(self) -> None:
-        self.processor = SimpleNamespace(caption_prompt=PROMPT, image_processor=SimpleNamespace(mean=[0.5, 0.5, 0.5]))
-        self.model = SimpleNamespace(
-            name_or_path="seeing", gates=lambda: {"0": (0.5, 0.25)}, parameters=lambda: [torch.zeros(3)], modules=list
-        )
-        self.asked: Counter[tuple[bytes, str]] = Counter()
-        self.questions: list[int] = []  # the batch that each was asked in
-
-    def generate_each(
-        self, conversations: Iterable[Any], *, batch_size: int, max_new_tokens: int, temperature: float
-    ) -> Iterator[tuple[int, str]]:
-        assert temperature == 0 and batch_size >= 1
-        for place, (turn,) in enumerate(conversations):
-            *pictures, text = turn["content"]
-            self.asked[pictures[0]["image"].tobytes(), text["text"]] += 1
-            self.questions.append(batch_size)
-            seen = self._name(pictures[0]["image"])
-            yield place, f"a small {seen} circle" if text["text"] == PROMPT else seen
-
-    def embed_image(self, images: Sequence[Image.Image], *, batch_size: int) -> torch.Tensor:
-        return torch.stack([self._vector(self._name(image)) for image in images])
-
-    def embed_text(self, texts: Sequence[str], *, batch_size: int) -> torch.Tensor:
-        return torch.stack([self._vector(next((c for c in COLOURS if c in text), "unsure")) for text in texts])
-
-    def loglikelihood(self, conversations: Sequence[Any], *, batch_size: int) -> list[tuple[float, int]]:
-        weighed = []
-        for messages in conversations:
-            parts = [part for message in messages for part in message["content"]]
-            told = messages[-1]["content"][0]["text"]
-            seen = {self._name(part["image"]) for part in parts if part["type"] == "image"}
-            weighed.append((-0.1 if any(one in told for one in seen) else -4.0, 2))
-        return weighed
-
-    def _name(self, image: Image.Image) -> str:
-        return next((name for name, rgb in COLOURS.items() if image.getpixel((0, 0)) == rgb), "unsure")
-
-    def _vector(self, name: str) -> torch.Tensor:
-        return torch.eye(5)[[*COLOURS, "unsure"].index(name)]
-
-
-@pytest.fixture
-def model() -> SeeingModel:
-    return SeeingModel()
-
-
-def write_pictures(folder: Path, number: int = 8, **more: Any) -> Path:
-    """Shards of one-coloured pictures, each with a caption, two questions, its object and a label."""
-    with ShardWriter(folder, samples_per_shard=3) as writer:
-        for place in range(number):
-            name = list(COLOURS)[place % 4]
-            fields = {
-                "caption": f"a small {name} circle",
-                "qa": [
-                    {"question": "What colour is it?", "answer": name, "type": "colour"},
-                    {"question": f"Is it {name}?", "answer": "yes", "type": "existence"},
-                ],
-                "objects": [{"size": "small", "colour": name, "shape": "circle", "x": 0.5}],
-                "label": name,
-            }
-            writer.write(f"{place:03d}", {"png": png(COLOURS[name]), "json": json.dumps(fields | more).encode()})
-    return folder
-
-
-ALL = ["vqa", "caption", "retrieval", "classification", "perplexity"]
 
 
 def test_what_the_model_sees_decides_every_score(model: SeeingModel, tmp_path: Path) -> None:
@@ -319,137 +230,3 @@ def test_a_folder_that_is_no_data_names_what_could_be_meant(tmp_path: Path) -> N
     assert find_splits(tmp_path / "scenes" / "dev") == {"": tmp_path / "scenes" / "dev"}
     with pytest.raises(UsageError, match="no such shard"):
         Shards.open(find_splits(tmp_path / "nowhere")[""])
-
-
-# ------------------------------------------------------------------------------------ going on, and several processes
-
-
-class Killed(BaseException):
-    """What stops a run as a signal does."""
-
-
-def killed_after(questions: int, model: SeeingModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the model answer so many questions, and no more."""
-    ask = model.generate_each
-
-    def generate_each(*args: Any, **options: Any) -> Iterator[tuple[int, str]]:
-        for told in ask(*args, **options):
-            if len(model.questions) > questions:
-                raise Killed
-            yield told
-
-    monkeypatch.setattr(model, "generate_each", generate_each)
-
-
-def scores(results: dict[str, Any]) -> Any:
-    return json.loads(json.dumps(results["tasks"]))
-
-
-def test_a_killed_run_goes_on_where_it_stopped(model: SeeingModel, tmp_path: Path, monkeypatch) -> None:
-    data, out = write_pictures(tmp_path / "data"), tmp_path / "out"
-    straight = evaluate(SeeingModel(), ALL, data, batch=3)
-    with monkeypatch.context() as patch:
-        killed_after(14, model, patch)
-        with pytest.raises(Killed):
-            evaluate(model, ALL, data, out, batch=3)
-    assert (tmp_path / ".out.answers").is_dir() and not (out / "results.json").exists()
-    # A kill in the middle of a line: that part is asked again, and the next line is not swallowed.
-    (last,) = (tmp_path / ".out.answers").glob("vqa.0.jsonl")
-    last.write_bytes(last.read_bytes()[:-20])
-    again = evaluate(model, ALL, data, out, batch=3)
-    assert scores(again) == scores(straight)
-    whole = SeeingModel()
-    evaluate(whole, ALL, data, batch=3)
-    assert len(model.questions) == len(whole.questions) + 3 + 3, "the part that was cut and the one begun, no other"
-    assert not (tmp_path / ".out.answers").exists()
-
-
-@pytest.mark.parametrize("change", ["weights", "batch", "data", "limit"])
-def test_answers_to_something_else_are_not_taken(change: str, model: SeeingModel, tmp_path: Path, monkeypatch) -> None:
-    data, out = write_pictures(tmp_path / "data"), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        killed_after(6, model, patch)
-        with pytest.raises(Killed):
-            evaluate(model, ["vqa"], data, out, batch=3)
-    other = SeeingModel()
-    if change == "weights":
-        other.model.parameters = lambda: [torch.ones(3)]
-    data = write_pictures(tmp_path / "other") if change == "data" else data
-    options = {"batch": {"batch": 4}, "limit": {"limit": 7}}.get(change, {})
-    evaluate(other, ["vqa"], data, out, **{"batch": 3} | options)
-    alone = SeeingModel()
-    evaluate(alone, ["vqa"], data, **{"batch": 3} | options)
-    assert other.asked == alone.asked
-
-
-def test_embeddings_are_kept_too(model: SeeingModel, tmp_path: Path, monkeypatch) -> None:
-    data, out = write_pictures(tmp_path / "data"), tmp_path / "out"
-    straight = evaluate(SeeingModel(), ["retrieval"], data)
-    shown: list[int] = []
-
-    def embed(images: Sequence[Image.Image], *, batch_size: int) -> torch.Tensor:
-        if len(shown) == 3:
-            shown.append(0)
-            raise Killed
-        shown.append(len(images))
-        return SeeingModel.embed_image(model, images, batch_size=batch_size)
-
-    monkeypatch.setattr(model, "embed_image", embed)
-    with pytest.raises(Killed):
-        evaluate(model, ["retrieval"], data, out, batch=2)
-    assert scores(evaluate(model, ["retrieval"], data, out, batch=2)) == scores(straight)
-    assert shown == [2, 2, 2, 0, 2, 1, 2, 2, 2, 2], "8 pictures, one blank, 8 of others: the first three parts once"
-
-
-def test_several_processes_give_the_results_of_one(tmp_path: Path, make_model, make_processor) -> None:
-    folder = tmp_path / "model"
-    make_model(gate_init=1.0).save_pretrained(folder)
-    make_processor().save_pretrained(folder)
-    data = write_pictures(tmp_path / "data", 6)
-    one = evaluate(folder, ALL, data, tmp_path / "one", batch=2, shuffled=False)
-    two = evaluate(folder, ALL, data, tmp_path / "two", batch=2, shuffled=False, processes=2)
-    assert scores(one) == scores(two)
-    lines = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
-    assert lines[0] == lines[1]
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-def test_each_process_answers_its_share_and_nothing_twice(tmp_path: Path) -> None:
-    data = write_pictures(tmp_path / "data")
-    plan = Plan(tuple(ALL), data, batch=3)
-    models = [SeeingModel() for _ in range(3)]
-    for process, model in enumerate(models):
-        answer(model, plan, tmp_path / ".out.answers", Share(process, 3))
-    asked = sum((model.asked for model in models), Counter())
-    alone = SeeingModel()
-    straight = evaluate(alone, ALL, data, batch=3)
-    assert asked == alone.asked and all(model.asked for model in models)
-    last = SeeingModel()
-    assert scores(evaluate(last, ALL, data, tmp_path / "out", batch=3)) == scores(straight)
-    assert not last.asked, "all was answered already"
-
-
-def test_without_a_folder_for_results_processes_share_one_for_now(
-    model: SeeingModel, tmp_path: Path, monkeypatch
-) -> None:
-    folders = []
-
-    def in_this_process(ask: Any, model: SeeingModel, plan: Plan, folder: Path, processes: int) -> None:
-        folders.append(folder)
-        for process in range(processes):
-            ask(model, plan, folder, Share(process, processes))
-
-    monkeypatch.setattr("vlm.eval.run.answer_in_processes", in_this_process)
-    data = write_pictures(tmp_path / "data")
-    straight = evaluate(SeeingModel(), ALL, data)
-    assert scores(evaluate(model, ALL, data, processes=2)) == scores(straight)
-    alone = SeeingModel()
-    evaluate(alone, ALL, data)
-    assert model.asked == alone.asked and not folders[0].exists()
-
-
-def test_processes_need_a_model_with_a_path(model: SeeingModel, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="processes is 2 and the model is in memory; give its path"):
-        evaluate(model, ["vqa"], write_pictures(tmp_path / "data", 2), processes=2)
-    with pytest.raises(UsageError, match="processes is 0"):
-        evaluate(model, ["vqa"], tmp_path / "data", processes=0)
