@@ -8,9 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,11 +63,26 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            elastic_launch(plan, sys.executable)("-m", "vlm.train", *arguments)
+            with own_signal_handlers():
+                elastic_launch(plan, sys.executable)("-m", "vlm.train", *arguments)
         except ChildFailedError as error:
             raise first_failure(error.failures) from None
         except SignalException as error:
             raise RunError(f"stopped by {error.sigval.name}; --resume goes on from the last checkpoint") from None
+
+
+@contextmanager
+def own_signal_handlers() -> Iterator[None]:
+    """After the block every signal is handled as before it: the elastic launcher leaves its handlers behind, and what the
+    process forks later would inherit them and survive a SIGTERM."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None and signal.getsignal(number) != handler:  # None: not set from Python
+                    signal.signal(number, handler)
 
 
 def first_failure(failures: dict[int, ProcessFailure]) -> UsageError | RunError:

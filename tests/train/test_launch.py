@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
@@ -62,11 +63,13 @@ def test_a_killed_rank(tmp_path):
 
 
 def test_ranks_fail_with_one_line(capfd):
-    """Two real processes that both meet the same error."""
+    """Two real processes that both meet the same error. Signals go on meaning what they meant to the one that started them."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     with pytest.raises(UsageError, match="^config no-such.yaml does not exist; give a YAML file"):
         launch("no-such.yaml", ["out=x"], processes=2, resume=False)
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err and "error:" not in captured.err
+    assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
 
 
 def test_one_rank_by_hand(capsys):
