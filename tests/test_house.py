@@ -23,7 +23,7 @@ FLOORS = {
     "benchmark charts configuration errors files image_structure lime machine processes samples settings settings_faults "
     "storage wording": 0,
     "adapters augmentation documents fusion images linear_cross_entropy lora losses packed_linear page quantization "
-    "quantized_linear routing shards tensor_parallel vision": 1,
+    "quantized_linear reading routing shards tensor_parallel vision": 1,
     "generation inputs likelihood model processing quantization_bench saving": 2,
     "api captioning demo explain explain_page looking serve together": 3,
     "__init__": 3,

@@ -1,7 +1,7 @@
 """The parts that let a language model look: gated cross-attention, a perceiver resampler, an attention pool.
 
 Knows tensors of hidden states and image tokens. Knows nothing of tokens' meaning, of which language model it serves, or of
-how pictures became tokens. Modules take numbers that `vlm.model` has resolved.
+how pictures became tokens. Modules take ready parts and numbers; `build_adapter` makes them of a configuration.
 
 Shapes: B rows, L text tokens, S image tokens, H heads, K key/value heads, d features a head, C hidden size.
 """
@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from vlm.configuration import AdapterConfig
+from vlm.errors import UsageError
 
 
 class HeadNorm(nn.RMSNorm):
@@ -155,6 +158,21 @@ class GatedCrossAttention(GradientCheckpointingLayer):
                 told, router_logits = told
             looked = looked + self.feed_forward_gate.tanh() * told
         return torch.where(sees[..., None], looked, hidden), router_logits
+
+
+def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, image_width: int) -> GatedCrossAttention:
+    """One adapter from numbers: those of the configuration, the language model's where it leaves them open."""
+    heads = config.heads or text_heads
+    kv_heads = config.kv_heads or heads
+    head_dim = config.head_dim or hidden_size // heads
+    if heads % kv_heads:
+        raise UsageError(f"adapter.heads {heads} is no multiple of adapter.kv_heads {kv_heads}; choose a divisor")
+    attention = CrossAttention(hidden_size, image_width, heads, kv_heads, head_dim, config.qk_norm)
+    inner = int(config.feed_forward * hidden_size)
+    feed_forward: FeedForward | SparseFeedForward | None = FeedForward(hidden_size, inner) if inner else None
+    if config.experts:
+        feed_forward = SparseFeedForward(hidden_size, inner, config.experts, config.experts_per_token)
+    return GatedCrossAttention(hidden_size, attention, feed_forward, config.gate_init)
 
 
 class ResamplerLayer(nn.Module):

@@ -17,19 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationMixin, PreTrainedModel
 
-from vlm.adapters import (
-    AttentionPool,
-    CrossAttention,
-    FeedForward,
-    GatedCrossAttention,
-    PerceiverResampler,
-    SparseFeedForward,
-)
-from vlm.configuration import AdapterConfig, VLMConfig
-from vlm.documents import document_mask, document_positions, one_document_each
+from vlm.adapters import AttentionPool, CrossAttention, PerceiverResampler, build_adapter
+from vlm.configuration import VLMConfig
+from vlm.documents import document_positions
 from vlm.errors import UsageError
 from vlm.fusion import Visual, attach, check_carries_keywords, decoder_layers
 from vlm.quantization import pack, quantize
+from vlm.reading import first_position, max_tokens, reading_mask
 from vlm.vision import VisionTower, build_tower, grid_positions
 
 
@@ -249,10 +243,10 @@ class VLMModel(PreTrainedModel, GenerationMixin):
         if document_ids is not None or bidirectional:
             if document_ids is None:
                 document_ids = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-            mask = self._attention_mask(document_ids, bidirectional)
+            mask = reading_mask(self.language_model, document_ids, self.config.reading, bidirectional)
             position_ids = document_positions(document_ids) if position_ids is None else position_ids
         if position_ids is not None:
-            inputs["position_ids"] = position_ids + self._first_position
+            inputs["position_ids"] = position_ids + first_position(self.language_model)
         return inputs | {"attention_mask": mask}
 
     def _visual(self, image_keys_values: Tensor, token_image: Tensor, router_logits: list[Tensor] | None) -> Visual:
@@ -270,44 +264,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     @property
     def max_tokens(self) -> int | None:
         """How many tokens the language model has positions for; None where it names no limit."""
-        limit = getattr(self.language_model.config.get_text_config(), "max_position_embeddings", None)
-        return limit - self._first_position if limit else None
-
-    @property
-    def _first_position(self) -> int:
-        """RoBERTa and its kin count positions from after their padding id; the others count from 0."""
-        embeddings: Any = getattr(self.language_model.base_model, "embeddings", None)
-        if hasattr(embeddings, "create_position_ids_from_input_ids"):
-            return embeddings.padding_idx + 1
-        return 0
-
-    def _attention_mask(self, document_ids: Tensor, bidirectional: bool) -> Tensor | dict[str, Tensor] | None:
-        """The mask of `vlm.documents`, in the form that the attention takes; None where the family's own reading is right.
-
-        A family with sliding windows keeps them; where only some layers have one, there is a mask for each kind of layer.
-        """
-        length, masked = document_ids.shape[1], self.config.reading == "masked"
-        causal = not bidirectional and not masked
-        if (causal or masked) and one_document_each(document_ids):
-            # In causal reading what fills up a row stands behind all that could attend to it.
-            return None if causal else (document_ids > 0).long()
-        allowed = document_mask(document_ids, causal)
-        text = self.language_model.config.get_text_config()
-        kinds, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
-        # A decoder's window says how far back it looks; one that reads both ways is given its whole document.
-        if not window or length <= window or not (causal or masked) or (kinds and "sliding_attention" not in kinds):
-            return self._as_mask(allowed)
-        steps = torch.arange(length, device=document_ids.device)
-        back = steps[:, None] - steps[None, :]  # (L, L): how far before a token another one stands
-        within = self._as_mask(allowed & (back < window if causal else back.abs() <= window))
-        return {"full_attention": self._as_mask(allowed), "sliding_attention": within} if kinds else within
-
-    def _as_mask(self, allowed: Tensor) -> Tensor:
-        """(B, 1, L or 1, L), True where a token may attend, as the language model's attention takes it."""
-        if self.language_model.config._attn_implementation == "sdpa":
-            return allowed
-        allowed = allowed.expand(-1, -1, allowed.shape[-1], -1)
-        return torch.zeros_like(allowed, dtype=self.dtype).masked_fill(~allowed, torch.finfo(self.dtype).min)
+        return max_tokens(self.language_model)
 
     def _loss(self, logits: Tensor, labels: Tensor, bidirectional: bool) -> Tensor:
         """Mean cross-entropy over labelled tokens. A decoder predicts a token from the position before it, also under full
@@ -444,21 +401,6 @@ def _mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """Over real tokens: (n, L, C) and (n, L) -> (n, C)."""
     weights = attention_mask[..., None].to(hidden.dtype)
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
-
-
-def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, image_width: int) -> GatedCrossAttention:
-    """One adapter from numbers: those of the configuration, the language model's where it leaves them open."""
-    heads = config.heads or text_heads
-    kv_heads = config.kv_heads or heads
-    head_dim = config.head_dim or hidden_size // heads
-    if heads % kv_heads:
-        raise UsageError(f"adapter.heads {heads} is no multiple of adapter.kv_heads {kv_heads}; choose a divisor")
-    attention = CrossAttention(hidden_size, image_width, heads, kv_heads, head_dim, config.qk_norm)
-    inner = int(config.feed_forward * hidden_size)
-    feed_forward: FeedForward | SparseFeedForward | None = FeedForward(hidden_size, inner) if inner else None
-    if config.experts:
-        feed_forward = SparseFeedForward(hidden_size, inner, config.experts, config.experts_per_token)
-    return GatedCrossAttention(hidden_size, attention, feed_forward, config.gate_init)
 
 
 def _build_language_model(config: VLMConfig) -> PreTrainedModel:

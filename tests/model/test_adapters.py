@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vlm.adapters import AttentionPool, CrossAttention, FeedForward, GatedCrossAttention, PerceiverResampler
+from vlm.adapters import (
+    AttentionPool,
+    CrossAttention,
+    FeedForward,
+    GatedCrossAttention,
+    PerceiverResampler,
+    build_adapter,
+)
 from vlm.configuration import AdapterConfig
 from vlm.errors import UsageError
-from vlm.model import build_adapter
 
 
 def formula(attention: CrossAttention, text: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
