@@ -46,8 +46,6 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
     Raises the first failure of a rank as UsageError or RunError, with the rank's own words.
     """
     arguments = [f"--launched={command_line()}", "--config", config, *(["--resume"] if resume else []), *overrides]
-    # The launcher passes its own environment on; without this every rank would start a thread for every core.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     for name in ("multiprocessing.api", "agent.server.api"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="vlm-launch-") as folder:
@@ -63,7 +61,9 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
         try:
-            with own_signal_handlers():
+            with process_restored():
+                # The launcher passes its own environment on; without this every rank would start a thread for every core.
+                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
                 elastic_launch(plan, sys.executable)("-m", "vlm.train", *arguments)
         except ChildFailedError as error:
             raise first_failure(error.failures) from None
@@ -72,15 +72,21 @@ def launch(config: str, overrides: list[str], processes: int, resume: bool) -> N
 
 
 @contextmanager
-def own_signal_handlers() -> Iterator[None]:
-    """After the block every signal is handled as before it: the elastic launcher leaves its handlers behind, and what the
-    process forks later would inherit them and survive a SIGTERM."""
-    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+def process_restored() -> Iterator[None]:
+    """After the block the environment and every signal's handler are what they were before it.
+
+    The elastic launcher leaves its own behind. What the process forks later would inherit its handlers and survive a SIGTERM;
+    another launch would find the threads of this one.
+    """
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
     finally:
+        os.environ.clear()
+        os.environ.update(environment)
         if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 if handler is not None and signal.getsignal(number) != handler:  # None: not set from Python
                     signal.signal(number, handler)
 

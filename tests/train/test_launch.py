@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 
 import pytest
@@ -62,14 +63,16 @@ def test_a_killed_rank(tmp_path):
     assert "rank 0 ended with exit code 3" in str(first_failure({0: failure(tmp_path, 0, 3)}))
 
 
-def test_ranks_fail_with_one_line(capfd):
-    """Two real processes that both meet the same error. Signals go on meaning what they meant to the one that started them."""
-    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+def test_ranks_fail_with_one_line(capfd, monkeypatch):
+    """Two real processes that both meet the same error. Nothing changes for the one that started them."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    handlers, environment = [signal.getsignal(number) for number in signal.valid_signals()], dict(os.environ)
     with pytest.raises(UsageError, match="^config no-such.yaml does not exist; give a YAML file"):
         launch("no-such.yaml", ["out=x"], processes=2, resume=False)
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err and "error:" not in captured.err
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
+    assert dict(os.environ) == environment
 
 
 def test_one_rank_by_hand(capsys):

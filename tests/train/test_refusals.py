@@ -46,18 +46,22 @@ def test_writing_with_a_family_that_only_reads(run, save_model, tmp_path, object
     bert = save_model(tmp_path / "bert", "bert")
     words = f"stages.1: objective {objective} writes text, and family bert only reads it; use contrastive or mlm"
     refused(run, words, {"objective": "mlm"}, {"objective": objective}, model={"path": bert})
+    assert nothing_was_trained(tmp_path / "run")
 
 
 def test_shards_that_are_not_there(run, tmp_path):
     refused(run, "no/such: no such shard", {"objective": "joint"}, data={"train": "no/such"})
     refused(run, "no/such: no such shard", {"objective": "joint"}, data={"val": "no/such"})
+    assert nothing_was_trained(tmp_path / "run")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have fp16")
-def test_a_precision_that_the_device_has_not(run):
+def test_a_precision_that_the_device_has_not(run, tmp_path):
     refused(run, "precision fp16 does not work on cpu; use bf16", {"objective": "joint"}, precision="fp16", zero=1)
+    assert nothing_was_trained(tmp_path / "run")
 
 
-def test_patterns_and_targets_that_match_nothing(run):
+def test_patterns_and_targets_that_match_nothing(run, tmp_path):
     refused(run, "freeze pattern 'visoin' matches none", {"objective": "joint", "freeze": ["visoin"]})
     refused(run, "lora target 'q' matches none", {"objective": "joint", "lora": {"targets": ["q"]}})
+    assert nothing_was_trained(tmp_path / "run")
