@@ -44,7 +44,7 @@ from .flops import ModelFlops, peak_flops
 from .gauges import gradient_norms, look
 from .log import RunLog
 from .objectives import OBJECTIVES
-from .optimization import choose_trainable, make_optimizer, rate, set_rates, state_bytes
+from .optimization import check_stages, choose_trainable, make_optimizer, rate, set_rates, state_bytes
 from .quantized import check_quantized, original, quantize_base
 from .ranks import data_rank, data_ranks, is_main, join, sums
 from .step import prepare
@@ -97,6 +97,7 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
     check_model(model, config.tensor_parallel)
     check_quantized(config, model)
+    check_stages(config.stages, model, progress.stage)
     log = RunLog(out, is_main(), append=resume, boards=config.log)
     run = Run(config, data, processor, log, checkpoints, StopSignal())
     data.check(model, processor)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,11 +15,11 @@ import torch
 from torch import nn
 
 from vlm.errors import UsageError
-from vlm.lora import TOWERS
+from vlm.lora import TOWERS, add_lora, remove_lora
 from vlm.model import VLMModel
 
 from .config import Stage
-from .objectives import Objective
+from .objectives import OBJECTIVES, Objective
 
 BETAS = (0.9, 0.95)
 # Tables that are looked up or added, not multiplied with: they are no matrices, whatever their shape.
@@ -32,6 +33,23 @@ TABLES = (
     "query",
     "latents",
 )
+
+
+def check_stages(stages: Sequence[Stage], model: VLMModel, first: int) -> None:
+    """Raise UsageError for a stage, from `first` on, of which a pattern or a LoRA target matches nothing.
+
+    Every stage is tried on the model, which keeps its weights: what fails after days should fail before them.
+    """
+    for number, stage in enumerate(stages[first:], first):
+        try:
+            if stage.lora is not None:
+                with torch.random.fork_rng(devices=[]):
+                    add_lora(model, **stage.lora.model_dump())
+            choose_trainable(OBJECTIVES[stage.objective](model, stage), stage)
+        except UsageError as error:
+            raise UsageError(f"stages.{number}: {error}") from None
+        finally:
+            remove_lora(model)
 
 
 def choose_trainable(objective: Objective, stage: Stage) -> None:

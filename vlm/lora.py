@@ -89,12 +89,19 @@ def merge_lora(model: Any, keep: bool = False) -> None:
     unpack(model)
     for tower in _updated_towers(model):
         part = _part(model, tower)
-        for name, layer in list(_updated_layers(part)):
+        for _, layer in _updated_layers(part):
             layer.merge(safe_merge=True)
-            if not keep:
-                part.set_submodule(name, layer.get_base_layer())
-        if not keep:
-            del part.peft_config
+    if not keep:
+        remove_lora(model)
+
+
+def remove_lora(model: Any) -> None:
+    """Take the updates out, in place, with what they have learned; names are as before `add_lora`."""
+    for tower in _updated_towers(model):
+        part = _part(model, tower)
+        for name, layer in list(_updated_layers(part)):
+            part.set_submodule(name, layer.get_base_layer())
+        del part.peft_config
 
 
 def unmerge_lora(model: Any) -> None:
@@ -124,11 +131,13 @@ def _passed(tower: Any, layers: Mapping[str, nn.Module]) -> set[str]:
     """Which of the layers a picture passes."""
     passed: set[str] = set()
     hooks = [layer.register_forward_hook(lambda *_, name=name: passed.add(name)) for name, layer in layers.items()]
-    weight = next(tower.parameters())
+    weight, training = next(tower.parameters()), tower.training
+    tower.eval()  # a batch norm would learn from the black picture
     try:
         with torch.no_grad():
             tower(torch.zeros(1, 3, *tower.image_size, dtype=weight.dtype, device=weight.device))
     finally:
+        tower.train(training)
         for hook in hooks:
             hook.remove()
     return passed

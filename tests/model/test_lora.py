@@ -20,6 +20,7 @@ from vlm.lora import (
     linear_layers,
     load_lora,
     merge_lora,
+    remove_lora,
     save_lora,
     unmerge_lora,
 )
@@ -87,6 +88,18 @@ def test_merged_is_the_same_model_under_the_old_names(kind, make_model, batch):
     merge_lora(model)
     torch.testing.assert_close(logits(model, batch), apart, rtol=1e-5, atol=1e-5)
     assert list(model.state_dict()) == names and not has_lora(model)
+
+
+@KINDS
+def test_taken_out_nothing_is_left_of_it(kind, make_model, batch):
+    model = make_model(kind)
+    before, bare = {name: value.clone() for name, value in model.state_dict().items()}, logits(model, batch)
+    trained(model, towers=("text", "vision"))
+    assert has_lora(model) and not torch.equal(logits(model, batch), bare)
+    remove_lora(model)
+    assert not has_lora(model) and torch.equal(logits(model, batch), bare)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
 
 
 def test_after_a_merge_another_may_be_added(make_model, batch):

@@ -61,7 +61,26 @@ def test_a_precision_that_the_device_has_not(run, tmp_path):
     assert nothing_was_trained(tmp_path / "run")
 
 
-def test_patterns_and_targets_that_match_nothing(run, tmp_path):
-    refused(run, "freeze pattern 'visoin' matches none", {"objective": "joint", "freeze": ["visoin"]})
-    refused(run, "lora target 'q' matches none", {"objective": "joint", "lora": {"targets": ["q"]}})
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"freeze": ["visoin"]}, "freeze pattern 'visoin' matches none"),
+        ({"rates": {"visoin": 0.1}}, "rates pattern 'visoin' matches none"),
+        ({"lora": {"targets": ["q"]}}, "lora target 'q' matches none"),
+        ({"lora": {"towers": ["text", "vision"], "targets": ["q_proj"]}}, "lora targets .* of tower vision"),
+        ({"train": ["adapters"], "freeze": ["adapters"]}, "nothing to train"),
+    ],
+)
+def test_patterns_and_targets_that_match_nothing(run, tmp_path, stage, words):
+    stage = {"objective": "joint", **stage}
+    refused(run, f"^stages.0: .*{words}", stage)
+    refused(run, f"^stages.1: .*{words}", {"objective": "joint", "lora": {"r": 2}}, stage)
     assert nothing_was_trained(tmp_path / "run")
+
+
+def test_stages_are_tried_without_a_trace(run, tmp_path):
+    """The first of two, and the same alone: what was tried for the second does not show."""
+    first = {"objective": "joint", "lora": {"r": 2, "towers": ["text", "vision"]}}
+    both = run(first, {"objective": "joint", "lora": {"r": 4, "dora": True}, "freeze": ["*.lora_B.*"]}, into="both")
+    alone = run(first, into="alone")
+    assert [entry["loss"] for entry in both.steps if entry["stage"] == 0] == [entry["loss"] for entry in alone.steps]
