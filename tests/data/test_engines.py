@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import eventually
 
 import vlm.data_tools.engines
 import vlm.data_tools.job
@@ -80,13 +81,6 @@ def written(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def waited_for(condition: Any) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 # Engines
 
 
@@ -136,9 +130,9 @@ def test_a_worker_that_dies_is_one_line() -> None:
 def test_workers_end_with_the_one_who_gave_them_work(group: bool, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(vlm.data_tools.engines, "WATCH", 0.02)
     child = apart(lambda: list(LocalEngine(2).map(partial(note_and_wait, str(tmp_path)), range(9))))
-    waited_for(lambda: len(list(tmp_path.iterdir())) == 2)
+    eventually(lambda: len(list(tmp_path.iterdir())) == 2)
     kill(child, group)
-    waited_for(lambda: not any(is_alive(int(path.name)) for path in tmp_path.iterdir()))
+    eventually(lambda: not any(is_alive(int(path.name)) for path in tmp_path.iterdir()))
 
 
 def note_and_wait(folder: str, number: int) -> None:
@@ -193,7 +187,7 @@ def test_no_piece_is_done_twice(tmp_path: Path) -> None:
     marks, out = tmp_path / "marks", tmp_path / "out"
     child = apart(run, out, marks, 1, 0.01)
     states = tmp_path / ".out.partial" / ".job"
-    waited_for(lambda: len(list(states.glob("write-*.json"))) >= 4)
+    eventually(lambda: len(list(states.glob("write-*.json"))) >= 4)
     kill(child)
     done = {int(path.stem.partition("-")[2]) for path in states.glob("write-*.json")}
     begun = {path.name for path in marks.iterdir()}
@@ -205,7 +199,7 @@ def test_no_piece_is_done_twice(tmp_path: Path) -> None:
 def test_other_settings_start_anew(tmp_path: Path) -> None:
     marks, out = tmp_path / "marks", tmp_path / "out"
     child = apart(run, out, marks, 1, 0.02)
-    waited_for(lambda: list((tmp_path / ".out.partial" / ".job").glob("write-*.json")))
+    eventually(lambda: list((tmp_path / ".out.partial" / ".job").glob("write-*.json")))
     kill(child)
     (tmp_path / ".out.partial" / "99999.tar").write_bytes(b"of those settings")
     before = len(list(marks.iterdir()))
@@ -220,7 +214,7 @@ def test_two_at_once_are_refused(settings: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(vlm.data_tools.job, "ENDING", 0.1)
     marks, out = tmp_path / "marks", tmp_path / "out"
     child = apart(run, out, marks, 2, 0.05)
-    waited_for(lambda: list((tmp_path / ".out.partial" / ".job").glob("write-*.json")))
+    eventually(lambda: list((tmp_path / ".out.partial" / ".job").glob("write-*.json")))
     with pytest.raises(UsageError, match=re.escape(f"{out}: another process is writing it; wait for it or choose")):
         run(out, marks, settings=settings)
     child.join()

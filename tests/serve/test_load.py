@@ -12,6 +12,7 @@ from typing import Any
 
 import openai
 import pytest
+from waiting import eventually
 
 PATH = "/v1/chat/completions"
 SECRET = "what a client sent"
@@ -32,14 +33,6 @@ class Held:
             return changed
 
         engine.step = held
-
-
-def eventually(true: Callable[[], Any]) -> None:
-    """Fails where it does not become true soon."""
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def body(tokens: int = 4, **more: Any) -> bytes:

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -23,6 +22,7 @@ from typing import Any
 import openai
 import psutil
 import pytest
+from waiting import eventually
 
 from vlm.cli import run
 from vlm.errors import RunError, UsageError
@@ -79,14 +79,6 @@ def started(folder) -> Iterator[Started]:
     finally:
         process.kill()
         process.communicate()
-
-
-def eventually(true: Callable[[], Any]) -> None:
-    """Fails where it does not become true soon."""
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 # The command

@@ -9,19 +9,18 @@ import select
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import openai
 import psutil
 import pytest
 import torch
 from torch import distributed as dist
+from waiting import eventually
 
 from vlm.cli import run
 from vlm.errors import RunError, UsageError
@@ -176,14 +175,6 @@ class Command:
     def ended(self) -> tuple[int, str]:
         _, err = self.process.communicate(timeout=90)
         return self.process.returncode, err
-
-
-def eventually(true: Callable[[], Any]) -> None:
-    """Fails where it does not become true soon."""
-    end = time.monotonic() + 120
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.fixture
