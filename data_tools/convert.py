@@ -7,6 +7,7 @@ of any one format or of training. Images are copied byte for byte, once they are
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -170,9 +171,16 @@ def _image_bytes(place: str, image: str | bytes) -> bytes:
 
 
 def _read(path: str) -> bytes:
-    """A file's bytes: `read_bytes` makes a buffer first, which for a file of 50 kB takes a third of the time."""
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    """A file's bytes, without the file object that `open` makes: for a small file it takes as long as reading."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(handle).st_size
+        data = os.read(handle, size)
+        while len(data) < size and (more := os.read(handle, size - len(data))):
+            data += more
+        return data
+    finally:
+        os.close(handle)
 
 
 def _gather_skipped(folder: Folder, pieces: Folder) -> None:

@@ -283,8 +283,8 @@ def test_what_can_not_be_read_is_named(source, tmp_path: Path, monkeypatch: pyte
         raise PermissionError(13, "Permission denied")
 
     rows = source({"image": "0.png", "text": "t"})
-    monkeypatch.setattr("vlm.data_tools.convert.open", denied, raising=False)
-    with pytest.raises(UsageError, match="line 1: image .*0.png: Permission denied; check the path"):
+    (tmp_path / "0.png").mkdir()
+    with pytest.raises(UsageError, match="line 1: image .*0.png: Is a directory; check the path"):
         convert(rows, tmp_path / "out")
     monkeypatch.setattr("vlm.data_tools.sources.jsonl.open", denied, raising=False)
     with pytest.raises(UsageError, match="pairs.jsonl: can not be read .Permission denied.; check its permissions"):

@@ -53,8 +53,8 @@ class ShardFileWriter:
         self.name, self.samples, self.bytes = name, 0, 0
         self._file, self._digest = file, hashlib.sha256()
         self._keys: set[str] = set()
-        self._waiting: list[bytes] = []
-        self._small: list[bytes] = []  # after those
+        self._waiting: list[bytes] = []  # hashed
+        self._small: list[bytes] = []  # after those, and not hashed yet
         self._written = self._stored = 0
 
     def write(self, key: str, parts: Mapping[str, bytes]) -> None:
@@ -97,18 +97,26 @@ class ShardFileWriter:
         """A large block waits as it is, small ones to be copied together."""
         self.bytes += len(block)
         if len(block) > COPIED:
-            self._waiting += [b"".join(self._small), block]
-            self._small = []
+            self._join()
+            self._hold(block)
         else:
             self._small.append(block)
 
+    def _join(self) -> None:
+        """The small blocks become one that waits."""
+        self._hold(b"".join(self._small))
+        self._small = []
+
+    def _hold(self, block: bytes) -> None:
+        """Hash a block, which is quicker while it is fresh in the processor's cache, and keep it to be written."""
+        self._digest.update(block)
+        self._waiting.append(block)
+
     def _flush(self) -> None:
-        """Hash and write what waits."""
-        blocks = [*self._waiting, b"".join(self._small)]
-        for block in blocks:
-            self._digest.update(block)
-        write_blocks(self._file, blocks)
-        self._waiting, self._small, self._written = [], [], self.bytes
+        """Write what waits."""
+        self._join()
+        write_blocks(self._file, self._waiting)
+        self._waiting, self._written = [], self.bytes
         if self._written - self._stored >= STORED_AT_ONCE:
             start_storing(self._file, self._stored, self._written)
             self._stored = self._written
