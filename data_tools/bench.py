@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,19 +17,19 @@ import numpy as np
 from PIL import Image
 
 from vlm.benchmark import Row, interleaved, seconds
-from vlm.errors import RunError, UsageError
+from vlm.errors import UsageError
 from vlm.images import open_image
 from vlm.shards import Shards, ShardWriter
 
 from .bench_convert import bench_convert
 from .bench_dedup import bench_dedup
+from .bench_memory import bench_memory
 from .clean import DROPPED, clean
 from .clean_rules import load_rules
 from .convert import convert
 
 SIDE, RESIZED = 384, 224  # pixels
 PICTURES = 500  # that differ; more samples show them again
-TEXT_WORDS = [f"{first}{last}" for first in ("ba", "ko", "mi", "tel", "sur") for last in ("n", "ra", "ple", "tic", "d")]
 
 
 def bench_data(
@@ -129,56 +126,6 @@ def _resized(picture: Image.Image) -> np.ndarray:
 
 def _rate(samples: int, work: Callable[[], object]) -> float:
     return samples / seconds(work)
-
-
-# Memory
-
-
-def bench_memory(small: int = 10_000, large: int = 1_000_000) -> list[Row]:
-    """The most memory that a process of each tool holds, for `large` texts beside `small` ones."""
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="vlm-bench-") as folder:
-        peaks = {count: _peaks(Path(folder, str(count)), count) for count in (small, large)}
-        for tool in peaks[small]:
-            conditions = f"{large:,} texts; peer: {small:,}; the largest process"
-            rows.append(
-                Row(
-                    f"memory: {tool}",
-                    peaks[large][tool],
-                    peaks[small][tool],
-                    "MB",
-                    conditions,
-                    "≈ 1",
-                    less_is_better=True,
-                )
-            )
-    return rows
-
-
-def _peaks(folder: Path, count: int) -> dict[str, float]:
-    """Peak memory in MB of each tool on `count` texts, by its name."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    with open(folder / "texts.jsonl", "w") as file:
-        for number in range(count):
-            said = " ".join(TEXT_WORDS[word] for word in rng.integers(0, len(TEXT_WORDS), 12))
-            file.write(json.dumps({"text": f"{said} {number}"}) + "\n")
-    shards = str(folder / "shards")
-    return {
-        "convert": _peak_mb("convert", str(folder / "texts.jsonl"), shards),
-        "inspect": _peak_mb("inspect", shards),
-        "clean": _peak_mb("clean", shards, str(folder / "clean")),
-        "augment": _peak_mb("augment", shards, str(folder / "augmented"), "--with", "synonyms"),
-    }
-
-
-def _peak_mb(*arguments: str) -> float:
-    """The most memory that a process of `vlm data …` held."""
-    child = subprocess.Popen([sys.executable, "-m", "vlm.cli", "data", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise RunError(f"vlm data {' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss / 1024
 
 
 # Agreement
