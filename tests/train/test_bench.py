@@ -55,9 +55,10 @@ def test_rows_beside_peers(measure, model):
 
 
 def test_memory_of_a_cut_batch(tmp_path):
-    """Of two real runs; that they hold much beside a few tiny pictures is the price of importing torch."""
-    (row,) = bench_gradcache(PAIRS, batch=8, micro_batch=4)
+    """Of real runs; that they hold much beside a few tiny pictures is the price of importing torch."""
+    (row,) = bench_gradcache(PAIRS, batch=8, uncut=4, pieces=(2,))
     assert row.less_is_better and 100 < row.ours < 10_000 and row.peer is not None and 100 < row.peer < 10_000
+    assert row.conditions == "contrastive batch 8 in micro-batches of 2, fp32; peer: batch 4"
 
 
 def test_another_peer_is_refused_by_name():
