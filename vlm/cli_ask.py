@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -199,6 +200,9 @@ def serve_model(
         raise UsageError(f"vlm serve needs {error.name}; pip install 'vlm[serve]'") from None
     settings = Settings(model, name or model, limits, length, device, quantize, compile, int8_cache, tensor_parallel)
     settings.check(replicas)
+    # Read by oneDNN at its first product: it makes a kernel for every length that comes, and the 1 024 that it would keep
+    # let a server grow for ten thousand requests.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if replicas > 1:
         serve_replicas(replicas, settings, host, port, api_key)
     else:

@@ -114,6 +114,17 @@ def test_without_its_libraries_the_command_says_what_to_install(folder, capsys, 
     assert "pip install 'vlm[serve]'" in capsys.readouterr().err
 
 
+def test_few_kernels_are_kept_unless_the_user_says_how_many(folder, monkeypatch):
+    kept = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    found = []
+    monkeypatch.setattr("vlm.serve.server.serve", lambda *_: found.append(os.environ[kept]))
+    monkeypatch.setenv(kept, "7")
+    assert run(["serve", str(folder)]) == 0
+    monkeypatch.delenv(kept)
+    assert run(["serve", str(folder)]) == 0
+    assert found == ["7", "64"]
+
+
 def test_the_benchmark_has_a_row_for_each_promise(folder, tmp_path, capsys):
     out = tmp_path / "bench.json"
     small = ["--clients", "4", "--requests", "8", "--tokens", "4", "--rounds", "1", "--soak", "40", "--out", str(out)]

@@ -80,11 +80,12 @@ def bench_serve(
     """
     with tempfile.TemporaryDirectory(prefix="vlm-bench-") as place:
         with served(model or random_model(Path(place, "model"), MEASURED), clients) as server:
-            conditions = f"{model or MEASURED}; a picture and a question each, replies of {tokens} tokens"
             measured = Measured(server, tokens)
             measured.at_once(clients, clients)  # the first ones fill caches of every kind
+            length = measured.tokens_told / clients  # a trained model may end before it has to
+            conditions = f"{model or MEASURED}; a picture and a question each, replies of {length:.3g} tokens"
             rows = _throughput(measured, clients, requests, rounds, conditions)
-            rows += _first_token(measured, rows[0].ours / tokens, requests, rounds, conditions)
+            rows += _first_token(measured, rows[0].ours, requests, rounds, conditions)
         with served(random_model(Path(place, "small"), SOAKED), clients) as server:
             return rows + _memory(server, clients, soak, str(SOAKED))
 
@@ -93,7 +94,7 @@ def _throughput(measured: Measured, clients: int, requests: int, rounds: int, co
     together, alone = interleaved(
         lambda: measured.at_once(requests, clients), lambda: measured.at_once(requests, 1), rounds
     )
-    return [Row(f"{clients} clients at once, 1 after another", together, alone, "token/s", conditions, "≥ 4 ×")]
+    return [Row(f"{clients} clients at once, 1 after another", together, alone, "requests/s", conditions, "≥ 4 ×")]
 
 
 def _first_token(measured: Measured, most: float, requests: int, rounds: int, conditions: str) -> list[Row]:
@@ -170,16 +171,16 @@ class Measured:
     def __init__(self, server: Served, tokens: int) -> None:
         self.server, self.tokens = server, tokens
         self._chance = random.Random(0)
-        self._sent = 0
+        self._sent = self.tokens_told = 0
 
     def at_once(self, requests: int, clients: int) -> float:
-        """New tokens a second, when so many clients send so many requests together."""
+        """Requests answered a second, when so many clients send so many of them together."""
         bodies = [self._body(stream=False) for _ in range(requests)]
         shares = [bodies[start::clients] for start in range(clients)]
         with ThreadPoolExecutor(clients) as pool:
             begun = time.perf_counter()
-            told = sum(pool.map(self._client, shares))
-            return told / (time.perf_counter() - begun)
+            self.tokens_told += sum(pool.map(self._client, shares))
+            return requests / (time.perf_counter() - begun)
 
     def first_token(self, requests: int, rate: float | None) -> float:
         """The 95th percentile of seconds to the first chunk with text; None is one request after another."""
