@@ -6,9 +6,6 @@ Knows the tools as a user calls them. Knows nothing of how they work.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,8 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from vlm.benchmark import Row
-from vlm.errors import RunError
+from vlm.benchmark import Row, peak_mb
 
 WORDS = [f"{first}{last}" for first in ("ba", "ko", "mi", "tel", "sur") for last in ("n", "ra", "ple", "tic", "d")]
 
@@ -67,8 +63,4 @@ def _save_tokenizer(folder: Path) -> None:
 
 def _peak_mb(*arguments: str) -> float:
     """The most memory that a process of `vlm data …` held."""
-    child = subprocess.Popen([sys.executable, "-m", "vlm.cli", "data", *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    if status:
-        raise RunError(f"vlm data {' '.join(arguments)} failed with status {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss / 1024
+    return peak_mb("vlm.cli", "data", *arguments)

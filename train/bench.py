@@ -7,9 +7,6 @@ Knows what to measure and against what. Knows nothing of how it is done: ours is
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,8 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vlm.benchmark import Row, interleaved, seconds
-from vlm.errors import RunError, UsageError
+from vlm.benchmark import Row, interleaved, peak_mb, seconds
+from vlm.errors import UsageError
 from vlm.files import atomic_write
 from vlm.settings import annotated_yaml
 from vlm.shards import ShardWriter
@@ -234,10 +231,4 @@ def _peak_mb(config: Config) -> float:
     file = Path(config.out).with_suffix(".yaml")
     with atomic_write(file, "w") as written:
         written.write(annotated_yaml(config))
-    command = [sys.executable, "-m", "vlm.train", "--config", str(file)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        raise RunError(f"vlm train {file} failed with status {child.returncode}")
-    return usage.ru_maxrss / 1024
+    return peak_mb("vlm.train", "--config", str(file))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +14,7 @@ from statistics import median
 
 from rich.table import Table
 
+from vlm.errors import RunError
 from vlm.files import atomic_write
 from vlm.machine import environment
 
@@ -49,6 +53,16 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+def peak_mb(module: str, *arguments: str) -> float:
+    """The most memory in MB that one process of `python -m module …` held. Raises RunError where it failed."""
+    child = subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if status:
+        raise RunError(f"{module} {' '.join(arguments)} failed with status {child.returncode}")
+    return usage.ru_maxrss / 1024
 
 
 def table(rows: Sequence[Row]) -> Table:
