@@ -20,12 +20,12 @@ from typing import Any
 
 from vlm.errors import RunError, UsageError
 
-AHEAD = 4  # pieces that wait for each core
-PATIENCE = 60  # seconds given to a cluster that does not answer, and to pieces that are called off
+AHEAD = 4  # pieces for each core whose results may wait for one before them
+PATIENCE = 60  # seconds given to a cluster that does not answer
 
 
 class RayEngine:
-    """Ray tasks, of which `processes` are handed out at a time; by default a few for each core that the cluster has then.
+    """Ray tasks, `processes` at a time; by default one for each core that the cluster has then.
 
     The cluster is the one that this process is connected to, or RAY_ADDRESS names, or runs on this machine, or one of
     this machine alone that is started and ends with the process. Every node needs this package, importable and the same,
@@ -39,22 +39,28 @@ class RayEngine:
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:
         """The results of `function` in the order of `items`; raises what it raised, RunError where the cluster failed.
 
-        A piece whose node or process dies is done again, by Ray's own count three times.
+        A piece whose node or process dies is done again, by Ray's own count three times. No more are handed out than are
+        worked on, and none is called off: `ray.cancel` ends this process where a piece is done in the same moment (Ray 2.60).
         """
         ray = _connected()
         begin, everywhere = ray.remote(_do).remote, ray.put(function)
         waiting: deque[Any] = deque()
+        running: list[Any] = []
         try:
             for item in items:
-                waiting.append(begin(everywhere, os.getcwd(), item))
-                while len(waiting) >= (self.processes or AHEAD * _cores(ray)):
-                    yield _result(ray, waiting[0])
-                    waiting.popleft()
+                piece = begin(everywhere, os.getcwd(), item)
+                waiting.append(piece)
+                running.append(piece)
+                most = self.processes or _cores(ray)
+                while len(running) >= most:
+                    _, running = ray.wait(running, fetch_local=False)
+                while len(waiting) >= AHEAD * most:
+                    yield _result(ray, waiting.popleft())
             while waiting:
-                yield _result(ray, waiting[0])
-                waiting.popleft()
+                yield _result(ray, waiting.popleft())
         finally:
-            _call_off(ray, list(waiting))
+            if running:  # they would write into a folder that is removed
+                ray.wait(running, num_returns=len(running), fetch_local=False)
 
 
 def _connected() -> ModuleType:
@@ -102,14 +108,6 @@ def _result(ray: ModuleType, task: Any) -> Any:
         raise error.cause from error
     except ray.exceptions.RayError as error:
         raise RunError(f"Ray lost a piece of the work ({_line(error)}); run the command again to go on") from None
-
-
-def _call_off(ray: ModuleType, tasks: list[Any]) -> None:
-    """End what is not wanted any more, and wait for it: what still ran would write into a folder that is removed."""
-    for task in tasks:
-        ray.cancel(task)
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=PATIENCE, fetch_local=False)
 
 
 def _line(error: Exception) -> str:
