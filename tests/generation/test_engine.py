@@ -134,6 +134,16 @@ def test_a_compiled_pass_says_the_same(model, make_engine, judge_all):
     assert [generation.tokens for generation in generations] == judge_all(prompts, 20)
 
 
+def test_who_comes_is_heard_as_soon_as_read_and_holds_the_others_up_every_other_step(model, make_engine):
+    engine, prompts = make_engine(model), prompts_of(2, 7)
+    there = engine.add(prompts.pop(), Decoding(max_new_tokens=20, repetition_penalty=3.0))
+    assert engine.step() == [there] and len(there.tokens) == 1
+    for number, prompt in enumerate(prompts, 2):
+        who = engine.add(prompt, Decoding(max_new_tokens=1))
+        assert engine.step() == [there] and len(there.tokens) == number
+        assert engine.step() == [who] and len(who.tokens) == 1 and len(there.tokens) == number
+
+
 def test_a_draw_is_the_same_alone_and_in_company(model, make_engine):
     prompts = prompts_of(2, 8)
     decodings = [Decoding(max_new_tokens=8, temperature=1.0, top_k=[None, 20][i % 2], seed=i) for i in range(8)]

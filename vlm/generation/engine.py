@@ -70,6 +70,7 @@ class Engine:
         self.gallery = Gallery(model.tokens_per_picture)
         self.room = Room(rows, self.most_tokens, self.slots, self.gallery, model.config.image_token_id)
         self.queue: deque[Generation] = deque()
+        self._has_begun = False  # whether the step before brought first tokens
         self._decoding_pass = torch.compile(model.forward) if compile else model
         parameters = inspect.signature(model.language_model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
@@ -121,10 +122,16 @@ class Engine:
     def step(self) -> list[Generation]:
         """Admit who waits, read a piece of their prompts, and give every row that has been read a token.
 
-        Returns the generations that changed.
+        A step that brings first tokens ends with them, and the next one reads nothing: they are told a pass earlier, and
+        who comes holds up who is there by one pass in two. Returns the generations that changed.
         """
-        self._admit()
-        return list(dict.fromkeys(self._read_prompts() + self._decode()))
+        if not self._has_begun:
+            self._admit()
+            if begun := self._read_prompts():
+                self._has_begun = True
+                return begun
+        self._has_begun = False
+        return self._decode()
 
     @property
     def busy(self) -> bool:
