@@ -40,7 +40,7 @@ class RayEngine:
         """The results of `function` in the order of `items`; raises what it raised, RunError where the cluster failed.
 
         A piece whose node or process dies is done again, by Ray's own count three times. No more are handed out than are
-        worked on, and none is called off: `ray.cancel` ends this process where a piece is done in the same moment (Ray 2.60).
+        worked on, and none is called off: `ray.cancel` can end this process when a piece is done in that moment (Ray 2.60).
         """
         ray = _connected()
         begin, everywhere = ray.remote(_do).remote, ray.put(function)
