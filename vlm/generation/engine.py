@@ -1,4 +1,4 @@
-"""The decoding engine: requests come and go between steps, and every step gives each of them a token.
+"""The decoding engine: requests come and go between steps; a step tells who came their first token, or all the next one.
 
 Knows who waits, what is read next, and what follows from it. Knows nothing of threads, clocks, conversations or files: one
 thread owns an engine and calls `step`.
@@ -120,12 +120,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Generation]:
-        """Admit who waits, read a piece of their prompts, and give every row that has been read a token.
+        """Admit who waits and read a piece of their prompts; tell their first tokens, or give every row the next one.
 
-        A step that brings first tokens ends with them, and the next one reads nothing: they are told a pass earlier, and
+        First tokens are told at once, a pass earlier than with the others' next ones, and the step after them reads nothing:
         who comes holds up who is there by one pass in two. Returns the generations that changed.
         """
-        if not self._has_begun:
+        if not (self._has_begun and self.room.generating):
             self._admit()
             if begun := self._read_prompts():
                 self._has_begun = True
