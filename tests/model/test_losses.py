@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import run_ranks
 from torch import Tensor
 from torch import distributed as dist
 
@@ -35,10 +35,10 @@ def pairs_of(count: int) -> tuple[Tensor, Tensor, Tensor]:
     return images.requires_grad_(), texts.requires_grad_(), torch.tensor(3.0, requires_grad=True)
 
 
-def on_a_rank(rank: int, folder: Path) -> None:
+def on_a_rank(folder: Path) -> None:
     """What one of two ranks finds: for every loss and split its loss, top-1, mean number of pairs, and gradients."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    found = {}
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), {}
     for loss_name, loss_of in LOSSES.items():
         for split_name, split in SPLITS.items():
             images, texts, scale = pairs_of(sum(split))
@@ -53,15 +53,13 @@ def on_a_rank(rank: int, folder: Path) -> None:
     (gathered * torch.tensor([[1.0], [10.0], [100.0]]) * (rank + 1)).sum().backward()
     found["gather"] = gathered.detach(), first, rows.grad
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
     """What two real processes find."""
     folder = tmp_path_factory.mktemp("ranks")
-    started = [subprocess.Popen([sys.executable, __file__, str(rank), str(folder)]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    run_ranks(2, __file__, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -139,4 +137,4 @@ def test_masking_labels_what_it_chose_and_nothing_else():
 
 
 if __name__ == "__main__":
-    on_a_rank(int(sys.argv[1]), Path(sys.argv[2]))
+    on_a_rank(Path(sys.argv[1]))

@@ -1,11 +1,9 @@
-"""Two ranks are one: the same data and seed give the same losses, under every ZeRO stage and every launcher."""
+"""Two ranks are one: the same data and seed give the same losses, under every ZeRO stage."""
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import LIMIT, run_ranks
 from safetensors.torch import load_file
 
 from vlm import linear_cross_entropy
@@ -24,7 +23,6 @@ from vlm.settings import annotated_yaml
 from vlm.shards import Shards
 from vlm.train.batches import READERS, MicroBatches
 from vlm.train.config import load_config
-from vlm.train.launch import launch
 from vlm.train.loop import train
 from vlm.train.order import Order
 
@@ -51,8 +49,6 @@ RUNS = {
     **{f"experts {zero}": ([JOINT], {"zero": zero, "adapter": EXPERTS}) for zero in (0, 3)},
     **{f"matching {zero}": ([MATCHING], {"zero": zero}) for zero in (0, 3)},
 }
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-LIMIT = 600  # seconds until a rank that waits for another is a failure
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +98,7 @@ def two(config_of, outcome):
         config = config_of(name, 2)
         files.append(Path(config.out).with_suffix(".yaml"))
         files[-1].write_text(annotated_yaml(config), encoding="utf-8")
-    python(*TORCHRUN, __file__, *map(str, files))
+    run_ranks(2, __file__, *map(str, files))
     return {name: outcome(Path(config_of(name, 2).out)) for name in RUNS}
 
 
@@ -119,17 +115,6 @@ def one(config_of, outcome):
         return known[name, held]
 
     return trained
-
-
-def python(*arguments: str) -> None:
-    given = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([sys.executable, *arguments], env=given, **pipes) as process:
-        try:
-            told, _ = process.communicate(timeout=LIMIT)
-        finally:
-            process.terminate()  # a launcher that is told so ends its ranks; one that is killed leaves them behind
-    assert process.returncode == 0, told[-6000:]
 
 
 def difference(left, right) -> float:
@@ -271,7 +256,7 @@ def test_what_any_rank_passes_over_is_told(one, two):
     assert {"broken"} < {key for _, key, _ in alone}
 
 
-# The launchers
+# Stopping, and going on
 
 
 @pytest.fixture
@@ -288,22 +273,10 @@ def stopped(two, tmp_path):
     return copy
 
 
-def start_deepspeed(config: Path, override: str) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    runner = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
-    python(*runner, "--module", "vlm.train", "--config", str(config), override, "--resume")
-
-
-def start_torchrun(config: Path, override: str) -> None:
-    python(*TORCHRUN, "-m", "vlm.train", "--config", str(config), override, "--resume")
-
-
-@pytest.mark.parametrize(("start", "name"), [(start_torchrun, "zero 2"), (start_deepspeed, "zero 3")])
-def test_launchers_resume_two_ranks_bit_by_bit(two, stopped, outcome, start, name):
+@pytest.mark.parametrize("name", ["zero 2", "zero 3"])
+def test_two_ranks_resume_bit_by_bit(two, stopped, outcome, name):
     out, file = stopped(name)
-    start(file, f"out={out}")
+    run_ranks(2, "vlm.train", "--config", str(file), f"out={out}", "--resume")
     resumed, straight = outcome(out), two[name]
     assert resumed.events("resumed")[0]["step"] == 28
     assert resumed.losses[-2:] == straight.losses[-2:]
@@ -337,7 +310,7 @@ def test_ranks_that_are_told_to_stop_go_on_bit_by_bit(two, outcome, tmp_path):
     assert process.returncode == 1
     assert told.splitlines()[-1] == "error: stopped by SIGTERM; --resume goes on from the last checkpoint"
     (event,) = outcome(out).events("stopped")
-    launch(str(config), [override], processes=2, resume=True)
+    run_ranks(2, "vlm.train", "--config", str(config), override, "--resume")
     resumed = outcome(out)
     (start,) = resumed.events("resumed")
     assert (start["stage"], start["step"]) == (event["stage"], event["step"])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import deepspeed
 import pytest
 import torch
+from ranks import run_ranks
 
 from vlm.errors import UsageError
 from vlm.saving import read
@@ -38,7 +37,6 @@ RUNS = {
     "masters": (2, BRIEF, {"precision": "bf16", "zero": 2, "deepspeed": {"bf16": {"enabled": True}}}),
     "two of two": (4, BRIEF, {"zero": 2, "watch": {"every": 2}}),
 }
-LIMIT = 600  # seconds until a rank that waits for another is a failure
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +75,8 @@ def ranks(request, config_of, save_model, tmp_path_factory):
         files[-1].write_text(annotated_yaml(config), encoding="utf-8")
     folder = tmp_path_factory.mktemp("families")
     families = [save_model(folder / family, family, gate_init=0.5) for family in FAMILIES] if request.param == 2 else []
-    torchrun(request.param, __file__, *map(str, files), *families)
+    run_ranks(request.param, __file__, *map(str, files), *families)
     return request.param, names
-
-
-def torchrun(processes: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    given = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([*command, *arguments], env=given, **pipes) as process:
-        try:
-            told, _ = process.communicate(timeout=LIMIT)
-        finally:
-            process.terminate()  # a launcher that is told so ends its ranks
-    assert process.returncode == 0, told[-6000:]
 
 
 def test_ranks_that_hold_a_model_together_are_one(ranks, config_of, outcome):
