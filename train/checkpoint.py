@@ -4,7 +4,8 @@ Knows folders, DeepSpeed's checkpoints and how weights come together from all ra
 
 OUT/checkpoints/ holds `latest`, the name of a folder beside it, and such folders: `stage0-step500/` with DeepSpeed's
 `state/`, or `stage1-start/` with the `model/` that stage 0 left; each with `progress.json`, written last. Every folder
-appears whole, by renaming, before `latest` names it.
+appears whole, by renaming, before `latest` names it. `stage0-start/` is what the run began with, so that going on takes
+nothing from elsewhere: not the base model, which may lie in OUT itself, nor a tokenizer made anew from data that have grown.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .ranks import copies, is_main
 from .tensor_parallel import whole
 
 LATEST, PROGRESS, STATE, MODEL = "latest", "progress.json", "state", "model"
+LEFT = ("checkpoints", "model", "adapter", "best", "tensorboard")  # what a run leaves in OUT, and the next one removes
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,25 @@ class Checkpoints:
     """The checkpoints of one run. keep: how many states stay."""
 
     def __init__(self, out: Path, keep: int) -> None:
+        self.out = out
         self.folder = out / "checkpoints"
         self.keep = keep
 
+    def check_place(self) -> None:
+        """Raise UsageError where OUT holds what `clear` would remove and no run has left."""
+        theirs = [name for name in LEFT if (self.out / name).exists()]
+        if theirs and not (self.out / "log.jsonl").exists():
+            raise UsageError(
+                f"out {self.out} holds {', '.join(theirs)} and no log.jsonl, so no run has left that; choose another out, or "
+                "move it away"
+            )
+
     def clear(self) -> None:
         """Remove what an earlier run left in the same place: it would look like this one's."""
+        dist.barrier()  # a rank may still read the model that it goes on from
         if is_main():
-            for name in (self.folder.name, "model", "adapter", "best", "tensorboard"):
-                shutil.rmtree(self.folder.parent / name, ignore_errors=True)
+            for name in LEFT:
+                shutil.rmtree(self.out / name, ignore_errors=True)
         dist.barrier()
 
     def latest(self) -> tuple[Progress, Path]:
@@ -164,15 +177,19 @@ class Checkpoints:
 
     def save_start(self, model: VLMModel, processor: VLMProcessor, progress: Progress) -> None:
         """Write what a stage starts from; by the main rank alone."""
-        folder = self.folder / f"stage{progress.stage}-start"
+        folder = self.start(progress.stage).parent
         with atomic_folder(folder) as fresh:
             save(model, processor, fresh / MODEL)
             self._write_progress(fresh, progress)
         self._point_to(folder)
 
+    def start(self, stage: int) -> Path:
+        """The folder of the model that a stage starts from."""
+        return self.folder / f"stage{stage}-start" / MODEL
+
     def read_start(self, stage: int) -> tuple[VLMModel, VLMProcessor]:
-        """The model, in float32, that the stage before left."""
-        return read(self.folder / f"stage{stage}-start" / MODEL, dtype="float32")
+        """The model, in float32, that a stage starts from."""
+        return read(self.start(stage), dtype="float32")
 
     def finish(self, progress: Progress) -> None:
         """Note that there is nothing left to resume; by the main rank alone."""
@@ -235,18 +252,26 @@ def _own(parameter: nn.Parameter) -> Tensor:
     return parameter
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """Where a stage with LoRA leaves what it trained. base, start: hash of weights, and folder, of what it started from."""
+
+    folder: Path
+    base: str
+    start: Path
+
+
 def plain_model(
     trained: VLMModel,
     weights: dict[str, Tensor],
     stage: Stage,
     original: VLMModel | None = None,
-    base: str | None = None,
-    adapter: Path | None = None,
+    adapter: Adapter | None = None,
 ) -> VLMModel:
     """A model of its own with `weights` (of `full_weights`), LoRA merged into it; by the main rank alone.
 
     original: what the stage began with, for one that holds it quantized; what did not train stays as it is there, in full.
-    adapter: with LoRA, where to write what the stage trained, for the model whose hash before the stage was `base`.
+    adapter: with LoRA, where to write what the stage trained.
     """
     if original is None:
         with torch.random.fork_rng(devices=[]):
@@ -262,12 +287,12 @@ def plain_model(
     model.load_state_dict(weights)
     if stage.lora is None:
         return model
-    if adapter is not None and base is not None:
+    if adapter is not None:
         others = {
             name: weights[name]
             for name, parameter in trained.named_parameters()
             if parameter.requires_grad and "lora_" not in name
         }
-        save_lora(model, adapter, base, others, trained.config.quantization)
+        save_lora(model, adapter.folder, adapter.base, others, trained.config.quantization, adapter.start)
     merge_lora(model)
     return model

@@ -51,22 +51,29 @@ class RunData:
         """This rank's part of the first `validation.samples` held-out samples, in whole micro-batches, with all questions."""
         if self.val is None:
             return
+        samples, ranks = min(self.config.validation.samples, len(self.val)), data_ranks()
+        data = self._held_out(self.val, model, processor, number, samples // ranks)
+        yield from islice(stream(data, 0, workers=0), max(1, samples // (data.size * ranks)))
+
+    def _held_out(
+        self, val: Shards, model: VLMModel, processor: VLMProcessor, number: int, most: int = 1
+    ) -> MicroBatches:
+        """Micro-batches of at most so many samples, in the order of the shards."""
         stage = self.config.stages[number].model_copy(update={"questions": None})
-        ranks = data_ranks()
-        samples = min(self.config.validation.samples, len(self.val))
-        size = max(1, min(micro_batch_size(stage, ranks), samples // ranks))
-        order = Order([len(self.val)], [1.0], [self.config.seed, number], shuffle=False)
-        data = MicroBatches([self.val], order, _reader(model, processor, stage), size, data_rank(), ranks)
-        yield from islice(stream(data, 0, workers=0), max(1, samples // (size * ranks)))
+        size = max(1, min(micro_batch_size(stage, data_ranks()), most))
+        order = Order([len(val)], [1.0], [self.config.seed, number], shuffle=False)
+        return MicroBatches([val], order, _reader(model, processor, stage), size, data_rank(), data_ranks())
 
     def check(self, model: VLMModel, processor: VLMProcessor) -> None:
-        """Raise UsageError now where a stage would later find nothing to train on in one of its sources."""
+        """Raise UsageError now where a stage would later find nothing of use in one of its sources, or to be judged by."""
         for number in range(len(self.config.stages)):
             data = self.micro_batches(model, processor, number)
             first_of_source = {data.order.at(position)[0]: position for position in reversed(range(BLOCK))}
             try:
                 for first in sorted(first_of_source.values()):
                     data.example(first, [])
+                if self.val is not None:
+                    self._held_out(self.val, model, processor, number).example(0, [])
             except UsageError as error:
                 raise UsageError(f"stages.{number}: {error}") from None
 

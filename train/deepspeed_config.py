@@ -14,6 +14,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from vlm.errors import UsageError
 
 from .config import Config, Stage
+from .optimization import BETAS, EPS
 from .tensor_parallel import layer_specs
 
 AUTO = "auto"
@@ -24,13 +25,20 @@ def deepspeed_config(config: Config, stage: Stage, world_size: int, family: str 
 
     family: of the language model, which tensor parallelism cuts up.
 
-    Optimizer and schedule are the loop's own, so there is no section for them unless the user gives one. `"auto"`
-    values are filled in, or left to DeepSpeed's default where the config has nothing to say. Raises UsageError with
-    both values where the user's DeepSpeed settings and the config differ, or the batch does not divide over the ranks.
+    Optimizer and schedule are the loop's own: a section `optimizer` has to say what it does, and one for `scheduler` is
+    refused. `"auto"` values are filled in, or left to DeepSpeed's default where the config has nothing to say. Raises
+    UsageError with both values where the user's DeepSpeed settings and the config differ, or the batch does not divide over
+    the ranks.
     """
     merged = _load(config.deepspeed)
+    if "scheduler" in merged:
+        raise UsageError(
+            f"deepspeed: scheduler is set, and warmup {stage.warmup:g} and schedule {stage.schedule} of the {stage.objective} "
+            "stage say how its rate goes; remove it"
+        )
     _fill(merged, {**_batches(stage, world_size), **_precision(config, merged), **_rest(config, stage)}, stage, "")
     _drop_auto(merged)
+    _check_optimizer(merged.get("optimizer", {}))
     if config.tensor_parallel > 1:
         if "partition_config" in merged["tensor_parallel"]:
             raise UsageError(
@@ -135,15 +143,25 @@ def clip_of(stage: Stage) -> float:
 
 def _rest(config: Config, stage: Stage) -> dict[str, Any]:
     muon = stage.optimizer == "muon"
+    adamw = {} if muon else {"eps": EPS}
     # DeepSpeed's Muon wants whole gradients, which ZeRO-3 would scatter as it sums them.
     whole_gradients = {"reduce_scatter": False} if muon and config.zero == 3 else {}
     return {
         "gradient_clipping": clip_of(stage),
         "zero_optimization": {"stage": config.zero, **whole_gradients},
         "tensor_parallel": {"autotp_size": config.tensor_parallel},
-        # Filled in where the user writes a section with "auto", never added.
-        "optimizer": {"params": {"lr": stage.lr, "weight_decay": stage.weight_decay}},
+        # What the loop's own does; filled in where the user writes a section with "auto", never added.
+        "optimizer": {
+            "type": "Muon" if muon else "AdamW",
+            "params": {"lr": stage.lr, "weight_decay": stage.weight_decay, "betas": list(BETAS), **adamw},
+        },
     }
+
+
+def _check_optimizer(section: dict[str, Any]) -> None:
+    for name in section.get("params", {}):
+        if f"optimizer.params.{name}" not in NAMES:
+            raise UsageError(f"deepspeed: optimizer.params.{name} is set, and the optimizers here have none; remove it")
 
 
 ONLY_IF_GIVEN = ("optimizer",)
@@ -160,8 +178,11 @@ NAMES = {
     "fp16.enabled": "precision fp16",
     "torch_autocast.enabled": "precision bf16",
     "torch_autocast.dtype": "precision bf16",
+    "optimizer.type": "optimizer",
     "optimizer.params.lr": "lr",
     "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.params.betas": "betas",
+    "optimizer.params.eps": "eps",
 }
 
 

@@ -36,10 +36,10 @@ from .average import Average
 from .batches import Batch, on_device, stream
 from .boards import check_boards
 from .build import build
-from .checkpoint import Checkpoints, Progress, full_weights, plain_model
+from .checkpoint import Adapter, Checkpoints, Progress, full_weights, plain_model
 from .config import Config, Stage
 from .data import RunData
-from .deepspeed_config import clip_of, deepspeed_config, micro_batch_size
+from .deepspeed_config import clip_of, deepspeed_config
 from .flops import ModelFlops, peak_flops
 from .gauges import gradient_norms, look
 from .log import RunLog
@@ -47,6 +47,7 @@ from .objectives import OBJECTIVES
 from .optimization import check_stages, choose_trainable, make_optimizer, rate, set_rates, state_bytes
 from .quantized import check_quantized, original, quantize_base
 from .ranks import data_rank, data_ranks, is_main, join, sums
+from .resuming import check_resumed
 from .step import prepare
 from .stopping import StopSignal
 from .summary import training_table, training_totals
@@ -82,20 +83,21 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     out = Path(config.out)
     checkpoints = Checkpoints(out, config.checkpoint.keep)
     data = RunData.open(config)
-    for stage in config.stages:
-        micro_batch_size(stage, data_ranks())
     if config.precision == "fp16" and not get_accelerator().is_fp16_supported():
         device = get_accelerator().device_name()
         raise UsageError(f"precision fp16 does not work on {device}; use bf16, or fp32")
     check_boards(config.log)
+    progress, folder = Progress(), None
     if resume:
         progress, folder = checkpoints.latest()
+        check_resumed(config, progress)
+        model, processor = checkpoints.read_start(progress.stage)
     else:
-        progress, folder = Progress(), None
-    if progress.stage == len(config.stages):
-        raise UsageError(f"the run in {out} is complete; its model is {out / 'model'}, start anew without --resume")
-    model, processor = build(config) if progress.stage == 0 else checkpoints.read_start(progress.stage)
+        checkpoints.check_place()
+        model, processor = build(config)
     check_model(model, config.tensor_parallel)
+    for stage in config.stages:
+        deepspeed_config(config, stage, data_ranks(), family_of(model))
     check_quantized(config, model)
     check_stages(config.stages, model, progress.stage)
     log = RunLog(out, is_main(), append=resume, boards=config.log)
@@ -107,6 +109,8 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
         if is_main():
             with atomic_write(out / "config.yaml", "w") as file:
                 file.write(annotated_yaml(config))
+            if not resume:
+                checkpoints.save_start(model, processor, progress)
         told = environment()
         log.event("started", command=command or told["command"], processes=dist.get_world_size(), environment=told)
         if resume:
@@ -125,8 +129,7 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
     folder: the checkpoint that `progress` is about, if there is one.
     """
     config, stage = run.config, run.config.stages[progress.stage]
-    named = stage.lora is not None or config.model.quantize is not None
-    base = base_hash(model.state_dict()) if named and is_main() else None
+    base = base_hash(model.state_dict()) if stage.lora is not None and is_main() else None
     engine, frozen = start_engine(run, model, progress.stage)
     average = Average(engine, stage.ema) if stage.ema is not None else None
     if folder is not None and progress.step:
@@ -164,7 +167,7 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
             watch.report(totals, progress, progress.share(stage), grad_norm, lr, seen)
             if held_out and (progress.step % config.validation.every == 0 or progress.share(stage) >= 1.0):
                 with average.in_place() if average is not None else nullcontext():
-                    progress = judge(run, engine, frozen, held_out, progress, base)
+                    progress = judge(run, engine, frozen, held_out, progress)
             save_in_time(run, engine, average, progress)
     (memory,) = sums([peak_memory_gib()], engine.device)
     run.log.event("trained", peak_memory_gib=memory, **progress.position())
@@ -176,7 +179,7 @@ def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None
 def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngine, dict[str, Tensor]]:
     """The engine of a stage, and the weights it freezes as they were, where it holds them in fewer bits."""
     config, stage = run.config, run.config.stages[number]
-    ds_config = deepspeed_config(config, stage, data_ranks(), model.config.text_config.model_type)
+    ds_config = deepspeed_config(config, stage, data_ranks(), family_of(model))
     quantize_base(config, model)
     model.set_attn_implementation(attention_of(config, stage))
     objective = OBJECTIVES[stage.objective](model, stage)
@@ -210,6 +213,11 @@ def start_engine(run: Run, model: VLMModel, number: int) -> tuple[DeepSpeedEngin
         model.vision.compile()
         model.language_model.base_model.compile()
     return engine, frozen
+
+
+def family_of(model: VLMModel) -> str:
+    """Of its language model."""
+    return model.config.text_config.model_type
 
 
 def attention_of(config: Config, stage: Stage) -> str:
@@ -286,12 +294,7 @@ def is_watched(config: Config, progress: Progress) -> bool:
 
 
 def judge(
-    run: Run,
-    engine: DeepSpeedEngine,
-    frozen: dict[str, Tensor],
-    held_out: list[Batch],
-    progress: Progress,
-    base: str | None,
+    run: Run, engine: DeepSpeedEngine, frozen: dict[str, Tensor], held_out: list[Batch], progress: Progress
 ) -> Progress:
     """Validate; in the last stage keep the model in OUT/best if it is the best so far and that is asked for."""
     result = validate(engine, held_out)
@@ -302,7 +305,7 @@ def judge(
         folder = Path(run.config.out) / "best"
         weights = full_weights(engine, frozen)
         if is_main():
-            full = original(run.config, run.checkpoints, progress.stage, base)
+            full = original(run.config, run.checkpoints, progress.stage)
             save(plain_model(engine.module.model, weights, engine.module.stage, full), run.processor, folder)
         run.log.event("best", loss=progress.best_loss, path=str(folder), **progress.position())
     return progress
@@ -328,14 +331,20 @@ def save_in_time(run: Run, engine: DeepSpeedEngine, average: Average | None, pro
 
 
 def leave(run: Run, engine: DeepSpeedEngine, frozen: dict[str, Tensor], progress: Progress, base: str | None) -> None:
-    """Write what the next stage starts from, or OUT/model after the last; take the engine apart. A collective call."""
+    """Write what the next stage starts from, or OUT/model after the last; take the engine apart. A collective call.
+
+    base: hash of the weights that a stage with LoRA started from, on the main rank.
+    """
     stage, out = run.config.stages[progress.stage], Path(run.config.out)
     weights = full_weights(engine, frozen)
     trained = engine.module.model
     engine.destroy()
     if is_main():
-        full = original(run.config, run.checkpoints, progress.stage, base)
-        model = plain_model(trained, weights, stage, full, base, out / "adapter")
+        full = original(run.config, run.checkpoints, progress.stage)
+        # An update that a stage before has left is not one of what this stage leaves.
+        shutil.rmtree(out / "adapter", ignore_errors=True)
+        adapter = None if base is None else Adapter(out / "adapter", base, run.checkpoints.start(progress.stage))
+        model = plain_model(trained, weights, stage, full, adapter)
         following = Progress(progress.stage + 1)
         if following.stage < len(run.config.stages):
             run.checkpoints.save_start(model, run.processor, following)

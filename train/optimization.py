@@ -21,7 +21,7 @@ from vlm.model import VLMModel
 from .config import Stage
 from .objectives import OBJECTIVES, Objective
 
-BETAS = (0.9, 0.95)
+BETAS, EPS = (0.9, 0.95), 1e-8
 # Tables that are looked up or added, not multiplied with: they are no matrices, whatever their shape.
 TABLES = (
     "pos_embed",
@@ -56,7 +56,7 @@ def choose_trainable(objective: Objective, stage: Stage) -> None:
     """Set `requires_grad` of every parameter: those that the objective reads, `train` names and `freeze` does not.
 
     With LoRA, of its towers only the updates train. Raises UsageError for a pattern that matches nothing, for one of `rates`
-    that matches nothing that trains, and if nothing is left to train.
+    that matches nothing that trains, if nothing is left to train, and if no update of a tower with LoRA is.
     """
     parameters = dict(objective.model.named_parameters())
     for field in ("train", "freeze"):
@@ -74,6 +74,7 @@ def choose_trainable(objective: Objective, stage: Stage) -> None:
             f"train {stage.train} and freeze {stage.freeze} leave objective {stage.objective} nothing to train, of "
             f"{len(parameters)} parameters; it reads those that begin with {', '.join(objective.reads())}"
         )
+    _check_lora(parameters, objective, stage)
     _check_rates({name for name, parameter in parameters.items() if parameter.requires_grad}, stage)
 
 
@@ -84,6 +85,19 @@ def shall_train(name: str, objective: Objective, stage: Stage) -> bool:
     wanted = any(_matches(name, pattern) for pattern in stage.train)
     frozen = beside_lora or any(_matches(name, pattern) for pattern in stage.freeze)
     return wanted and not frozen and name.startswith(objective.reads())
+
+
+def _check_lora(parameters: dict[str, nn.Parameter], objective: Objective, stage: Stage) -> None:
+    """Raises UsageError for a tower whose LoRA would learn nothing."""
+    for tower in stage.lora.towers if stage.lora is not None else ():
+        updates = [name for name in parameters if name.startswith(f"{TOWERS[tower][0]}.") and "lora_" in name]
+        if not any(parameters[name].requires_grad for name in updates):
+            raise UsageError(
+                f"train {stage.train} and freeze {stage.freeze} leave objective {stage.objective} none of the {len(updates)} "
+                f"lora parameters of tower {tower} to train; it reads those that begin with {', '.join(objective.reads())}, "
+                "and the base stands still by itself under lora: leave it out of freeze and in train, or the tower out of "
+                "lora.towers"
+            )
 
 
 def _check_rates(trained: set[str], stage: Stage) -> None:
@@ -140,7 +154,7 @@ def make_optimizer(model: VLMModel, stage: Stage) -> torch.optim.Optimizer:
     ]
     if stage.optimizer == "muon":
         return _muon(listed)
-    return torch.optim.AdamW(listed, lr=stage.lr, betas=BETAS, fused=True)
+    return torch.optim.AdamW(listed, lr=stage.lr, betas=BETAS, eps=EPS, fused=True)
 
 
 def _group(

@@ -7,14 +7,10 @@ optimizer, gradient or master copy belongs to them. In full precision they are o
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from vlm.errors import RunError, UsageError
-from vlm.lora import base_hash
+from vlm.errors import UsageError
 from vlm.model import VLMModel
 from vlm.quantization import chosen, quantize
 
-from .build import build
 from .checkpoint import Checkpoints
 from .config import Config
 from .objectives import OBJECTIVES
@@ -22,7 +18,7 @@ from .optimization import shall_train
 
 
 def check_quantized(config: Config, model: VLMModel) -> None:
-    """Raise UsageError for a stage that wants layers to learn which will be quantized, and for a base that OUT would not keep.
+    """Raise UsageError for a stage that wants layers to learn which will be quantized.
 
     model: in full precision, without LoRA.
     """
@@ -31,12 +27,6 @@ def check_quantized(config: Config, model: VLMModel) -> None:
         return
     if config.compile:
         raise UsageError(f"model.quantize {scheme} runs uncompiled, and compile is on; change one")
-    path, out = config.model.path, Path(config.out)
-    if path is not None and Path(path).resolve().is_relative_to(out.resolve()):
-        raise UsageError(
-            f"model.path {path} lies in out {out}, which a new run clears, and model.quantize {scheme} reads it again at the "
-            "end; set another out"
-        )
     layers = [name for name, _ in chosen(model, base=True)]
     for number, stage in enumerate(config.stages):
         objective = OBJECTIVES[stage.objective](model, stage)
@@ -54,17 +44,6 @@ def quantize_base(config: Config, model: VLMModel) -> None:
         quantize(model, config.model.quantize, base=True)
 
 
-def original(config: Config, checkpoints: Checkpoints, stage: int, base: str | None) -> VLMModel | None:
-    """The model that `stage` started from, read again in full precision, where it is held in fewer bits; by the main rank alone.
-
-    Raises RunError where its weights have another hash than `base` by now.
-    """
-    if config.model.quantize is None:
-        return None
-    model, _ = build(config) if stage == 0 else checkpoints.read_start(stage)
-    if base is not None and (found := base_hash(model.state_dict())) != base:
-        raise RunError(
-            f"the model that stages.{stage} started from has weights {found[:12]}… now and had {base[:12]}…; put it back, and "
-            "--resume"
-        )
-    return model
+def original(config: Config, checkpoints: Checkpoints, stage: int) -> VLMModel | None:
+    """The model that `stage` started from, read again in full precision, where it is held in fewer bits."""
+    return None if config.model.quantize is None else checkpoints.read_start(stage)[0]

@@ -6,13 +6,14 @@ what.
 An adapter folder is what peft reads (`adapter_config.json`, `adapter_model.safetensors`, names relative to the language
 model), the same for the vision tower in a folder `vision/`, and beside them `trained.safetensors` with whatever else of
 the composite was trained, and `base.json`, which names the model that all this belongs to by the hash of its weights, and says
-how that was quantized to be trained, if it was.
+how it turns positions, how it was quantized to be trained, if it was, and where it lay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -214,11 +215,13 @@ def save_lora(
     base: str,
     trained: Mapping[str, Tensor],
     quantization: Mapping[str, Any] | None = None,
+    start: Path | None = None,
 ) -> None:
     """Write the adapter folder of a composite with LoRA; it appears whole or not at all.
 
     base: `base_hash` of the model's weights before the training. trained: whatever else was trained, by name.
-    quantization: arguments of `quantize`, if the base was full-precision and quantized for the training.
+    quantization: arguments of `quantize`, if the base was full-precision and quantized for the training. start: the folder
+    of the base, for those who look for it.
     Raises RunError for an empty tensor (a shard of ZeRO-3 that nobody gathered) and where the disk refuses.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -237,12 +240,19 @@ def save_lora(
                 save_file(updates, place / WEIGHTS, metadata={"format": "pt"})
                 _part(model, tower).peft_config["default"].save_pretrained(place)
             save_file(others, fresh / OTHERS, metadata={"format": "pt"})
-            told = {"sha256": base} | ({"quantization": dict(quantization)} if quantization is not None else {})
+            told = {"sha256": base, "rope": _rope(model), "quantization": quantization}
+            if start is not None:
+                told["start"] = os.path.relpath(start, folder)
             (fresh / BASE).write_text(json.dumps(told) + "\n", "utf-8")
     except (OSError, SafetensorError) as error:
         raise RunError(
             f"cannot write the adapter to {folder}: {error}; free the disk or choose another place"
         ) from error
+
+
+def _rope(model: Any) -> Any:
+    """The rotary positions of a composite's language model, as JSON would give them back; None where it has none."""
+    return json.loads(json.dumps(getattr(model.config.text_config, "rope_parameters", None)))
 
 
 def _on_cpu(value: Tensor) -> Tensor:
@@ -258,7 +268,10 @@ def load_lora(model: Any, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         told = json.loads((folder / BASE).read_text("utf-8"))
-        base, quantization = told["sha256"], told.get("quantization")
+        base, quantization, rope = told["sha256"], told["quantization"], told["rope"]
+        mend = (
+            f"load it onto {Path(folder, told['start']).resolve()}" if "start" in told else "load it onto its own base"
+        )
         others = load_file(folder / OTHERS)
         places = {tower: folder / place for tower, (_, place) in TOWERS.items() if _holds_updates(folder / place)}
         configs = {tower: LoraConfig.from_pretrained(place) for tower, place in places.items()}
@@ -270,8 +283,11 @@ def load_lora(model: Any, folder: str | Path) -> None:
     found = base_hash(model.state_dict())
     if found != base:
         raise UsageError(
-            f"adapter {folder} belongs to a model with weights {base[:12]}…, this one has {found[:12]}…; "
-            "load it onto the model it was trained from"
+            f"adapter {folder} belongs to a model with weights {base[:12]}…, this one has {found[:12]}…; {mend}"
+        )
+    if _rope(model) != rope:
+        raise UsageError(
+            f"adapter {folder} was trained with rotary positions {rope}, this model has {_rope(model)}; {mend}"
         )
     if quantization is not None:
         quantize(model, **quantization)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -103,7 +104,7 @@ def test_a_killed_run_goes_on_where_it_was(run, begin, dropping):
 
     def has_two_states(out: Path) -> bool:
         latest = out / "checkpoints" / "latest"
-        return latest.exists() and latest.read_text() != "stage0-step2\n"
+        return latest.exists() and latest.read_text() not in ("stage0-start\n", "stage0-step2\n")
 
     process, killed = begin(stage, has_two_states, **settings)
     process.send_signal(signal.SIGKILL)
@@ -158,7 +159,7 @@ def test_patience_is_resumed(run, tmp_path, pairs):
 def test_only_the_newest_states_stay(run):
     left = run({"objective": "clm", "steps": 7}, checkpoint={"every": 2, "keep": 2})
     folders = {path.name for path in (left.out / "checkpoints").iterdir()}
-    assert folders == {"latest", "stage0-step4", "stage0-step6", "finished"}
+    assert folders == {"latest", "stage0-start", "stage0-step4", "stage0-step6", "finished"}
     assert [event["step"] for event in left.events("checkpoint")] == [2, 4, 6]
 
 
@@ -167,7 +168,8 @@ def test_a_fresh_start_forgets_an_earlier_run(run):
     first = run(stage, {"objective": "clm"}, checkpoint={"every": 2})
     again = run(stage, checkpoint={"every": 4})
     assert first.out == again.out
-    assert {path.name for path in (again.out / "checkpoints").iterdir()} == {"latest", "stage0-step4", "finished"}
+    kept = {path.name for path in (again.out / "checkpoints").iterdir()}
+    assert kept == {"latest", "stage0-start", "stage0-step4", "finished"}
     assert [line["step"] for line in again.steps] == [1, 2, 3, 4, 5] and not again.events("resumed")
 
 
@@ -187,6 +189,37 @@ def test_rates_are_those_that_the_config_says_now(run, tmp_path, monkeypatch, ze
     monkeypatch.setattr(loop, "set_rates", heard)
     run(stage | {"rates": {"vision": 0.25}}, **settings, into="copy", resume=True)
     assert seen == [{0.25, 1.0}]
+
+
+def test_a_run_from_a_model_in_its_own_folder_takes_nothing_else(run, base, tmp_path):
+    """The base lies where the run's own model will stand, and is gone once the run has begun."""
+    stage, settings = {"objective": "joint", "steps": 4}, {"checkpoint": {"every": 2}, "model": {"path": base}}
+    straight = run(stage, into="straight", **settings)
+    own = tmp_path / "own" / "model"
+    shutil.copytree(base, own)
+    (tmp_path / "own" / "log.jsonl").touch()
+    settings["model"] = {"path": str(own)}
+    assert told(run(stage, into="own", **settings).lines) == told(straight.lines)
+    for state in ("stage0-start", "stage0-step2"):
+        go_on_from(tmp_path / "own", tmp_path / state, state)
+        assert_the_same(run(stage, into=state, **settings, resume=True), straight)
+
+
+def test_words_are_those_that_the_run_began_with(run, make_shards, tmp_path):
+    """A tokenizer made anew from data that have grown would have given each row of weights to another word."""
+    texts = {f"{number}": {"text": f"{word} {word} words"} for number, word in enumerate(("red", "green", "blue"))}
+    sizes = {"width": 32, "depth": 1, "heads": 2}
+    vision = {"name": "timm:vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, **sizes}
+    model = {"vision": vision, "text": {"family": "qwen3", **sizes}, "tokenizer": {"vocab_size": 300}}
+    settings = {"model": model, "checkpoint": {"every": 2}}
+    stage = {"objective": "clm", "steps": 4}
+    left = run(stage, data={"train": make_shards(tmp_path / "few", texts)}, **settings)
+    go_on_from(left.out, tmp_path / "copy", "stage0-step2")
+    texts |= {f"more {number}": {"text": "quite other things are told here " * 3} for number in range(3)}
+    grown = {"train": make_shards(tmp_path / "many", texts)}
+    resumed = run(stage, data=grown, **settings, into="copy", resume=True)
+    before, after = (read(out / "model")[1].tokenizer.get_vocab() for out in (left.out, resumed.out))
+    assert before == after and [line["step"] for line in resumed.steps][-2:] == [3, 4]
 
 
 # What cannot be resumed
@@ -220,11 +253,44 @@ def test_a_finished_run_has_nothing_left(run, make_config, tmp_path):
     assert f"the run in {left.out} is complete; its model is {left.out}/model" in text
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "words"),
+    [
+        (
+            {"optimizer": "muon"},
+            {},
+            "stages.0.optimizer is 'muon', and the run in .* was begun with 'adamw'; resume with",
+        ),
+        ({"rates": {"vision": 0.5}}, {}, r"stages.0.rates is \['vision'\], and the run in .* with \[\]"),
+        ({"freeze": ["vision"]}, {}, "stages.0.freeze is"),
+        ({"lora": {"r": 2}}, {}, "stages.0.lora.* is .* begun with None"),
+        ({}, {"zero": 1}, "zero is 1, and the run in .* was begun with 0"),
+        ({}, {"precision": "bf16"}, "precision is 'bf16', and the run in .* was begun with 'fp32'"),
+        ({}, {"model": {"path": "elsewhere"}}, "model.path is 'elsewhere', and the run in .* was begun with"),
+    ],
+)
+def test_settings_that_the_state_depends_on(stopped, make_config, stage, settings, words):
+    out, config = stopped
+    given = {"checkpoint": {"every": 2}, **settings}
+    changed = make_config(out, {"objective": "clm", "steps": 6} | stage, **given)
+    assert re.search(words, fault_of(changed))
+    assert (out / "config.yaml").read_text() == annotated_yaml(config), "the earlier recipe is what is compared with"
+
+
+def test_another_number_of_stages(stopped, make_config):
+    out, _ = stopped
+    changed = make_config(out, {"objective": "clm", "steps": 6}, {"objective": "joint"}, checkpoint={"every": 2})
+    assert "the recipe has 2 stages, and the run in" in fault_of(changed)
+
+
 def test_a_state_that_is_not_whole(stopped):
     out, config = stopped
     (out / "checkpoints" / "stage0-step4" / "progress.json").unlink()
     text = fault_of(config)
-    assert "latest names stage0-step4, which is not whole; write one of these into it: finished, stage0-step2" in text
+    assert (
+        "latest names stage0-step4, which is not whole; write one of these into it: finished, stage0-start, stage0-step2"
+        in text
+    )
 
 
 @pytest.mark.parametrize("words", ["", "gibberish", "{}", '{"stage": 0, "ranks": 1, "files": {}, "extra": 1}'])

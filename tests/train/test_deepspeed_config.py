@@ -79,7 +79,8 @@ def test_auto_is_filled_or_left_to_deepspeed(config_with, tmp_path):
     config = config_with(f"deepspeed={file}", "zero=1", "stages.0.lr=0.25")
     told = deepspeed_config(config, config.stages[0], world_size=2)
     assert (told["train_batch_size"], told["gradient_accumulation_steps"]) == (8, 1)
-    assert told["optimizer"] == {"type": "AdamW", "params": {"lr": 0.25, "weight_decay": 0.05}}
+    params = {"lr": 0.25, "weight_decay": 0.05, "betas": [0.9, 0.95], "eps": 1e-8}
+    assert told["optimizer"] == {"type": "AdamW", "params": params}
     assert told["zero_optimization"] == {"stage": 1, "overlap_comm": True}
     assert told["bf16"] == {"enabled": True} and "torch_autocast" not in told
 
@@ -131,6 +132,13 @@ def test_batch_is_what_all_ranks_see_in_a_step(config_with, overrides, world_siz
             "{optimizer: {type: AdamW, params: {lr: 0.5}}}",
             "optimizer.params.lr is 0.5, and lr of the contrastive stage",
         ),
+        ("{optimizer: {type: SGD}}", "optimizer.type is 'SGD', and optimizer of the contrastive stage is 'AdamW'"),
+        (
+            "{optimizer: {params: {betas: [0.9, 0.999]}}}",
+            "betas is \\[0.9, 0.999\\], and betas of the contrastive stage",
+        ),
+        ("{optimizer: {type: AdamW, params: {momentum: 0.9}}}", "optimizer.params.momentum is set, and the optimizers"),
+        ("{scheduler: {type: WarmupLR}}", "scheduler is set, and warmup 0.05 and schedule cosine of the contrastive"),
         ("{zero_optimization: 2}", "zero_optimization is 2; it should be an object"),
     ],
 )

@@ -103,9 +103,7 @@ def test_the_log_says_what_trains_and_what_it_takes(run, base, monkeypatch, opti
 
 def test_an_adapter_refuses_another_base(run, make_model, base):
     left = run(LORA)
-    with pytest.raises(
-        UsageError, match="belongs to a model with weights .* load it onto the model it was trained from"
-    ):
+    with pytest.raises(UsageError, match="belongs to a model with weights .* load it onto .*stage0-start.model"):
         load_lora(make_model(gate_init=0.5, seed=1), left.out / "adapter")
 
 
@@ -131,6 +129,30 @@ def test_frozen_weights_stay_in_full_where_the_engine_holds_them_in_half(run, sa
     before, after = weights_of(base), weights_of(left.out / "model")
     frozen = [name for name in before if name.startswith("vision.") or "embed" in name or "lm_head" in name]
     assert all(torch.equal(before[name], after[name]) for name in frozen)
+
+
+def test_an_adapter_names_the_base_that_a_stage_before_has_made(run, base, tmp_path):
+    left = run({"objective": "joint", "steps": 1}, LORA)
+    start = left.out / "checkpoints" / "stage1-start" / "model"
+    with pytest.raises(UsageError, match=f"belongs to a model with weights .*; load it onto {start}$"):
+        load_lora(read(base)[0], left.out / "adapter")
+    model, _ = read(start)
+    load_lora(model, left.out / "adapter")
+    merge_lora(model)
+    assert same(model.state_dict(), left.weights(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_fits_the_positions_that_it_was_trained_with(run, base):
+    scaled = {"path": base, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    left = run(LORA, model=scaled)
+    with pytest.raises(UsageError, match="was trained with rotary positions .*'linear'.*, this model has .*'default'"):
+        load_lora(read(base)[0], left.out / "adapter")
+    load_lora(read(left.out / "checkpoints" / "stage0-start" / "model")[0], left.out / "adapter")
+
+
+def test_no_adapter_is_left_of_a_stage_that_others_followed(run):
+    left = run(LORA, {"objective": "joint", "steps": 1})
+    assert not (left.out / "adapter").exists() and (left.out / "model").is_dir()
 
 
 def test_a_stage_after_lora_goes_on_from_the_merged_model(run):

@@ -79,6 +79,25 @@ def test_with_lora_the_updates_alone_of_the_language_model_train(choose):
     assert {name for name, _ in model.named_parameters() if "lora_" in name} <= names
 
 
+@pytest.mark.parametrize(
+    ("objective", "fields", "tower"),
+    [
+        ("joint", {"freeze": ["language_model"]}, "text"),
+        ("joint", {"train": ["adapters"]}, "text"),
+        ("clm", {"lora": {"r": 2, "towers": ["vision"]}}, "vision"),
+        ("clm", {"lora": {"r": 2, "towers": ["text", "vision"]}}, "vision"),
+    ],
+)
+def test_lora_that_would_learn_nothing_is_refused(choose, objective, fields, tower):
+    stage = stage_of(objective, **{"lora": {"r": 2}, **fields})
+    words = (
+        rf"objective {objective} none of the \d+ lora parameters of tower {tower} to train; .*: leave it out of freeze"
+    )
+    with pytest.raises(UsageError, match=words) as refusal:
+        choose(stage)
+    assert str(stage.train) in str(refusal.value) and str(stage.freeze) in str(refusal.value)
+
+
 def test_what_a_stage_before_froze_trains_again(choose, make_model):
     model = make_model()
     model.requires_grad_(False)

@@ -34,6 +34,34 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(run, make_shards, pa
     assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"deepspeed": "no/such.json"}, "deepspeed: no/such.json cannot be read"),
+        (
+            {"deepspeed": {"gradient_clipping": 0.5}},
+            "gradient_clipping is 0.5, and clip of the contrastive stage is 1.0",
+        ),
+        ({"data": {"val": "WORDS"}}, "^stages.1: none of 1 samples of .* can be used by objective contrastive"),
+    ],
+)
+def test_what_stands_against_a_later_stage_stands_against_the_run(run, make_shards, tmp_path, fields, words):
+    run({"objective": "clm"})
+    before = {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()}
+    if fields.get("data") == {"val": "WORDS"}:
+        fields = {"data": {"val": make_shards(tmp_path / "words", {"a": {"text": "only words"}})}}
+    refused(run, words, {"objective": "clm", "clip": 0.5}, {"objective": "contrastive"}, **fields)
+    assert {path: path.read_bytes() for path in sorted((tmp_path / "run").rglob("*")) if path.is_file()} == before
+
+
+def test_a_folder_with_something_that_no_run_has_left(run, tmp_path):
+    mine = tmp_path / "run" / "model" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("dear to me")
+    refused(run, "out .*/run holds model and no log.jsonl, so no run has left that", {"objective": "clm"})
+    assert mine.read_text() == "dear to me"
+
+
 def test_a_source_that_holds_nothing_however_small_its_share(run, make_shards, pairs, tmp_path):
     text = make_shards(tmp_path / "text", {"a": {"pictures": 1, "text": "said of nothing"}})
     sources = [{"path": pairs, "weight": 1000.0}, {"path": text, "weight": 0.001}]
@@ -69,6 +97,7 @@ def test_a_precision_that_the_device_has_not(run, tmp_path):
         ({"lora": {"targets": ["q"]}}, "lora target 'q' matches none"),
         ({"lora": {"towers": ["text", "vision"], "targets": ["q_proj"]}}, "lora targets .* of tower vision"),
         ({"train": ["adapters"], "freeze": ["adapters"]}, "nothing to train"),
+        ({"lora": {"r": 2}, "freeze": ["language_model"]}, "none of the .* lora parameters of tower text to train"),
     ],
 )
 def test_patterns_and_targets_that_match_nothing(run, tmp_path, stage, words):
