@@ -24,11 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from vlm.configuration import VisionConfig, VLMConfig
 from vlm.errors import UsageError
+from vlm.fusion import family_faults
 from vlm.linear_cross_entropy import check_head
-from vlm.model import VLMModel
+from vlm.model import VLMModel, build_language_model
 from vlm.processing import VLMImageProcessor, VLMProcessor, complete_tokenizer
 from vlm.quantization import is_quantized
 from vlm.saving import read
@@ -144,7 +146,7 @@ def _saved_tower(folder: Path) -> tuple[dict[str, Any], VisionTower]:
 def _tower(fields: dict[str, Any], pretrained: bool | str) -> VisionTower:
     try:
         return build_tower(VisionConfig.from_dict(fields), pretrained)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"vision tower {fields['name']} cannot be built: {_first_line(error)}") from error
 
 
@@ -160,8 +162,7 @@ def _build_text(config: Config) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     text_config = family_config(spec, tokenizer)
     if config.model.rope_scaling is not None:
         scale_rope(text_config, config.model.rope_scaling)
-    auto = _auto_class(text_config)
-    return auto.from_config(text_config), tokenizer
+    return build_language_model(VLMConfig(text_config=text_config)), tokenizer
 
 
 def pretrained_text(
@@ -229,10 +230,36 @@ def _auto_class(text_config: PreTrainedConfig) -> Any:
 
 
 def family_config(sizes: TextSizes, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The family's own configuration class with `sizes` under the names that it uses."""
+    """The family's own configuration class with `sizes` under the names that it uses.
+
+    Raises UsageError for sizes that contradict each other, and for a family that cannot take them.
+    """
+    _check_heads(sizes)
+    defaults = _family_defaults(sizes.family)
+    _check_options(sizes, defaults)
+    values = _as_spelled(sizes, tokenizer, defaults) | sizes.options
+    with family_faults(sizes.family):
+        text_config = AutoConfig.for_model(sizes.family, **values)
+        language = text_config.get_text_config()
+    _check_sizes_arrived(sizes, language)
+    return text_config
+
+
+def _check_heads(sizes: TextSizes) -> None:
     if sizes.width % sizes.heads:
         raise UsageError(f"model.text: width {sizes.width} is no multiple of heads {sizes.heads}; change one")
-    defaults = _family_defaults(sizes.family)
+    if sizes.kv_heads is not None and sizes.heads % sizes.kv_heads:
+        raise UsageError(f"model.text: heads {sizes.heads} is no multiple of kv_heads {sizes.kv_heads}; change one")
+
+
+def _check_options(sizes: TextSizes, defaults: PreTrainedConfig) -> None:
+    if unknown := [name for name in sizes.options if not hasattr(defaults, name)]:
+        near = difflib.get_close_matches(unknown[0], defaults.to_dict(), n=1)
+        mend = f"did you mean {near[0]}?" if near else f"see {type(defaults).__name__}"
+        raise UsageError(f"model.text.options.{unknown[0]} is no setting of family {sizes.family}; {mend}")
+
+
+def _as_spelled(sizes: TextSizes, tokenizer: PreTrainedTokenizerBase, defaults: PreTrainedConfig) -> dict[str, Any]:
     inner = round(sizes.feed_forward * sizes.width)
     values: dict[str, Any] = {
         "hidden_size": sizes.width,
@@ -257,15 +284,23 @@ def family_config(sizes: TextSizes, tokenizer: PreTrainedTokenizerBase) -> PreTr
         "hidden_dim": inner,
         "moe_intermediate_size": inner,
     }
-    values |= {name: value for name, value in optional.items() if hasattr(defaults, name)}
-    if unknown := [name for name in sizes.options if not hasattr(defaults, name)]:
-        near = difflib.get_close_matches(unknown[0], defaults.to_dict(), n=1)
-        mend = f"did you mean {near[0]}?" if near else f"see {type(defaults).__name__}"
-        raise UsageError(f"model.text.options.{unknown[0]} is no setting of family {sizes.family}; {mend}")
-    try:
-        return AutoConfig.for_model(sizes.family, **{**values, **sizes.options})
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"model.text does not make a {sizes.family}: {_first_line(error)}") from error
+    # Not all that the configuration has: Falcon works out its head_dim in a property, which takes no value.
+    known = defaults.to_dict().keys() | defaults.attribute_map.keys()
+    return values | {name: value for name, value in optional.items() if name in known}
+
+
+def _check_sizes_arrived(sizes: TextSizes, language: PreTrainedConfig) -> None:
+    """A family of several parts keeps each part's sizes in a configuration of its own, and passes over these."""
+    found = getattr(language, "hidden_size", None), getattr(language, "num_hidden_layers", None)
+    if found == (sizes.width, sizes.depth):
+        return
+    mend = "give them under their own names in model.text.options, or choose another family"
+    if language.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and language.model_type != sizes.family:
+        mend = f"choose family {language.model_type}, its part that reads text"
+    raise UsageError(
+        f"model.text: family {sizes.family} would have hidden size {found[0]} and {found[1]} layers where width {sizes.width} "
+        f"and depth {sizes.depth} are asked for; {mend}"
+    )
 
 
 def _family_defaults(family: str) -> PreTrainedConfig:
@@ -273,7 +308,8 @@ def _family_defaults(family: str) -> PreTrainedConfig:
         near = difflib.get_close_matches(family, CONFIG_MAPPING_NAMES, n=1)
         mend = f"did you mean {near[0]}?" if near else "write a model_type such as qwen3, llama, gpt2 or bert"
         raise UsageError(f"model.text.family {family!r} is no family of transformers; {mend}")
-    return AutoConfig.for_model(family)
+    with family_faults(family):
+        return AutoConfig.for_model(family)
 
 
 def _tokenizer_from_scratch(config: Config, longest: int) -> PreTrainedTokenizerBase:

@@ -30,6 +30,11 @@ from vlm.settings_faults import explain
 SHORTHANDS = {"vision": "model.vision", "text": "model.text", "adapter": "model.adapter"}
 
 
+def _is_changed(section: Section, name: str) -> bool:
+    """Whether a value is not the default; whether it was written tells nothing, for OUT/config.yaml writes them all."""
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
 def _as_pair(value: Any) -> Any:
     return [value, value] if isinstance(value, int) else value
 
@@ -98,6 +103,14 @@ class Tokenizer(Section):
     vocab_size: PositiveInt = Field(4096, description="most tokens that the trained byte-level BPE may have")
     path: str | None = Field(None, description="one that exists, Hugging Face id or path, instead")
 
+    @model_validator(mode="after")
+    def _one_origin(self) -> Tokenizer:
+        if self.path is not None and _is_changed(self, "vocab_size"):
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}, and the tokenizer {self.path} has its own; remove one of vocab_size and path"
+            )
+        return self
+
 
 class RopeScaling(Section):
     """Rotary positions stretched over longer texts, as transformers computes them."""
@@ -144,6 +157,15 @@ class Model(Section):
                 f"model.quantize is {self.quantize}, and model.text is made from nothing and has to learn; name a pretrained "
                 "one, or remove quantize"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_that_a_saved_model_brings(self) -> Model:
+        for name in ("adapter", "embedding_dim", "tokenizer"):
+            if self.path is not None and _is_changed(self, name):
+                raise ValueError(
+                    f"model.path and model.{name} are both set, and a saved model brings its own; remove model.{name}"
+                )
         return self
 
 
@@ -286,10 +308,14 @@ class Stage(Section):
                 f"matching_weight is {self.matching_weight:g} and contrastive_weight is 0, which learns what is alike; set "
                 "it too"
             )
+        if _is_changed(self, "loss") and self.objective == "joint" and not self.contrastive_weight:
+            raise ValueError(
+                f"loss is {self.loss} and contrastive_weight is 0, so nothing uses it; set contrastive_weight, or remove loss"
+            )
         if self.optimizer == "muon" and self.clip not in (0.0, type(self).model_fields["clip"].default):
             raise ValueError(f"clip is {self.clip:g}, and optimizer muon has no limit; remove clip")
         for name, objectives in OBJECTIVE_ONLY.items():
-            if self.objective not in objectives and getattr(self, name) != type(self).model_fields[name].default:
+            if self.objective not in objectives and _is_changed(self, name):
                 belongs = " or ".join(objectives)
                 raise ValueError(f"{name} belongs to objective {belongs}, not {self.objective}; remove it")
         return self

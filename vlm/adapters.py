@@ -165,6 +165,10 @@ def build_adapter(config: AdapterConfig, hidden_size: int, text_heads: int, imag
     heads = config.heads or text_heads
     kv_heads = config.kv_heads or heads
     head_dim = config.head_dim or hidden_size // heads
+    if not head_dim:
+        raise UsageError(
+            f"adapter.heads {heads} of hidden size {hidden_size} leave no feature to a head; take fewer, or set adapter.head_dim"
+        )
     if heads % kv_heads:
         raise UsageError(f"adapter.heads {heads} is no multiple of adapter.kv_heads {kv_heads}; choose a divisor")
     attention = CrossAttention(hidden_size, image_width, heads, kv_heads, head_dim, config.qk_norm)

@@ -7,7 +7,8 @@ modules between calls. Knows the calling conventions of Hugging Face language mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,6 +34,21 @@ class Visual:
     sees: Tensor
     mask: Tensor | None
     router_logits: list[Tensor] | None = None
+
+
+@contextmanager
+def family_faults(family: str) -> Iterator[None]:
+    """Makes one UsageError that names the family of whatever transformers raises within, which is of every kind."""
+    try:
+        yield
+    except Exception as error:
+        # A strict dataclass says in its first line that a check failed, and in its cause what was wrong.
+        cause = error.__cause__ or error
+        said = "".join(str(cause).strip().splitlines()[:1]).rstrip(".:")
+        raise UsageError(
+            f"language model family {family!r} cannot be used: {type(cause).__name__}: {said}; choose another, or other sizes "
+            "and options"
+        ) from error
 
 
 def decoder_layers(language_model: PreTrainedModel) -> nn.ModuleList:
@@ -74,7 +90,8 @@ def _enter_layer(
 
 
 def check_carries_keywords(language_model: PreTrainedModel) -> None:
-    """Refuse, by name, a family whose layers never receive the keyword (Bloom, GPT-J, Falcon, MPT and Mamba drop it)."""
+    """Refuse, by name, a family whose layers never receive the keyword (Bloom, GPT-J, Falcon, MPT and Mamba drop it), and one
+    that cannot read two tokens."""
     layers = decoder_layers(language_model)
     arrived: list[int] = []
 
@@ -92,10 +109,8 @@ def check_carries_keywords(language_model: PreTrainedModel) -> None:
     family = language_model.config.model_type
     probe_ids = torch.zeros((1, 2), dtype=torch.long, device=language_model.device)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), family_faults(family):
             language_model(input_ids=probe_ids, visual=None)
-    except TypeError as error:
-        raise UsageError(f"language model family {family!r} takes no extra keyword ({error}); choose another") from None
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from vlm.adapters import AttentionPool, CrossAttention, PerceiverResampler, build_adapter
 from vlm.configuration import VLMConfig
 from vlm.documents import document_positions
 from vlm.errors import UsageError
-from vlm.fusion import Visual, attach, check_carries_keywords, decoder_layers
+from vlm.fusion import Visual, attach, check_carries_keywords, decoder_layers, family_faults
 from vlm.quantization import pack, quantize
 from vlm.reading import first_position, max_tokens, reading_mask
 from vlm.vision import VisionTower, build_tower, grid_positions
@@ -52,7 +52,7 @@ class VLMModel(PreTrainedModel, GenerationMixin):
     ) -> None:
         super().__init__(config)
         self.vision = vision or build_tower(config.vision_config)
-        self.language_model = language_model or _build_language_model(config)
+        self.language_model = language_model or build_language_model(config)
         if self.language_model.device.type != "meta":
             check_carries_keywords(self.language_model)
         config.text_config = self.language_model.config
@@ -403,8 +403,11 @@ def _mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     return (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
-def _build_language_model(config: VLMConfig) -> PreTrainedModel:
-    if config.text_config is None:
+def build_language_model(config: VLMConfig) -> PreTrainedModel:
+    """The language model of `text_config` with random weights; raises UsageError for one that transformers cannot make."""
+    text = config.text_config
+    if not isinstance(text, PreTrainedConfig):
         raise UsageError("a VLMConfig without text_config names no language model; give one, e.g. LlamaConfig()")
     auto = AutoModelForMaskedLM if config.reading == "masked" else AutoModelForCausalLM
-    return auto.from_config(config.text_config)
+    with family_faults(text.model_type):
+        return auto.from_config(text)

@@ -120,7 +120,10 @@ def _timm_tower(config: VisionConfig, name: str, pretrained: bool | str) -> Visi
     preprocess = resolve_model_data_config(trunk)
     grid = tuple(trunk.patch_embed.grid_size)
     patch = trunk.patch_embed.patch_size
-    preprocess["input_size"] = (3, grid[0] * patch[0], grid[1] * patch[1])
+    _check_image_size(config, patch, preprocess["input_size"][1:])
+    # A tower may take more pixels than its patches cover: SigLIP's of patch 14 was trained at 384 and reads 378 of them.
+    size = trunk.patch_embed.img_size or (grid[0] * patch[0], grid[1] * patch[1])
+    preprocess["input_size"] = (3, *size)
     return VisionTower(trunk, trunk.num_features, grid, _squashed(preprocess))
 
 
@@ -145,10 +148,12 @@ def _open_clip_tower(config: VisionConfig, name: str, pretrained: bool | str) ->
         if not hasattr(visual.trunk, "patch_embed"):
             raise UsageError(f"open_clip model {name!r} has no ViT tower; choose one whose name holds ViT")
         grid, width = tuple(visual.trunk.patch_embed.grid_size), visual.trunk.num_features
+        patch = visual.trunk.patch_embed.patch_size
     elif hasattr(visual, "conv1") and hasattr(visual, "grid_size"):
-        grid, width = tuple(visual.grid_size), visual.conv1.out_channels
+        grid, width, patch = tuple(visual.grid_size), visual.conv1.out_channels, visual.patch_size
     else:
         raise UsageError(f"open_clip model {name!r} has no ViT tower; choose one whose name holds ViT")
+    _check_image_size(config, patch, _pair(open_clip.get_model_config(name)["vision_cfg"]["image_size"]))
     given = visual.preprocess_cfg
     preprocess = {
         "input_size": (3, *_pair(visual.image_size)),
@@ -157,6 +162,19 @@ def _open_clip_tower(config: VisionConfig, name: str, pretrained: bool | str) ->
         "std": tuple(given["std"]),
     }
     return VisionTower(visual, width, grid, _squashed(preprocess))
+
+
+def _check_image_size(config: VisionConfig, patch: tuple[int, int], own: tuple[int, int]) -> None:
+    """Whole patches make up a picture, or the tower never sees what is left over at its edges; `own`, its authors' choice,
+    stands."""
+    size = config.image_size
+    if size is None or tuple(size) == tuple(own) or not (size[0] % patch[0] or size[1] % patch[1]):
+        return
+    near = [max(side, pixels // side * side) for pixels, side in zip(size, patch, strict=True)]
+    raise UsageError(
+        f"vision.image_size {size[0]} × {size[1]} is no multiple of the patch {patch[0]} × {patch[1]}; choose one, such as "
+        f"{near[0]} × {near[1]}"
+    )
 
 
 @contextmanager

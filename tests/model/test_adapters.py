@@ -132,6 +132,7 @@ def test_adapter_configuration_says_what_is_wrong():
         (lambda: AdapterConfig(layers=(6,)).chosen_layers(6), "0 to 5"),
         (lambda: AdapterConfig.from_dict({"gate": 1}), "'gate'"),
         (lambda: build_adapter(AdapterConfig(heads=4, kv_heads=3), 32, 4, 16), "3"),
+        (lambda: build_adapter(AdapterConfig(heads=64), 32, 4, 16), "heads 64 of hidden size 32 .* adapter.head_dim"),
     ):
         with pytest.raises(UsageError, match=message) as refusal:
             wrong()

@@ -127,6 +127,8 @@ def test_generation_with_a_cache_batched_and_padded_equals_each_prompt_alone(cau
         hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2),
         hf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=2),
         hf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4),
+        hf.GPTJConfig(vocab_size=64, n_embd=32, n_layer=2, n_head=2),  # whose rotary part is wider than such a head
+        hf.T5Config(vocab_size=64, d_model=32, num_layers=2, num_heads=2),
     ],
     ids=lambda config: config.model_type,
 )

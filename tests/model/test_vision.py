@@ -91,6 +91,18 @@ def test_an_open_clip_tower_reloads(make_model, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("asked", [None, 384])
+def test_a_tower_takes_the_pixels_that_it_was_trained_with(asked):
+    """SigLIP's of patch 14 at 384, whose last six rows and columns of pixels belong to no patch."""
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    given = {"name": "timm:vit_so400m_patch14_siglip_384", "image_size": asked, "kwargs": small}
+    tower = build_tower(VisionConfig.from_dict(given)).eval()
+    assert tower.preprocess["input_size"] == (3, 384, 384) and tower.grid == (27, 27)
+    pixels = torch.randn(1, 3, 384, 384)
+    assert torch.equal(tower(pixels), tower.trunk.forward_features(pixels))
+
+
+@torch.no_grad()
 def test_a_timm_folder_gives_its_weights(tmp_path):
     architecture, kwargs, size = TIMM["plain"]
     trunk = timm.create_model(architecture, num_classes=0, img_size=size, **kwargs).eval()
@@ -154,6 +166,9 @@ def test_a_conv_stem_makes_the_same_grid():
         ({"name": "timm:vit_tiny_patch16_224", "stem": "wavelet"}, "wavelet"),
         ({"name": "timm:vit_tiny_patch16_224", "size": 3}, "'size'"),
         ({"name": "timm:vit_tiny_patch16_224", "stem": "conv", "kwargs": {"patch_size": 14}}, "14"),
+        ({"name": "timm:vit_tiny_patch16_224", "image_size": (32, 36)}, "image_size 32 × 36 .* 16 × 16; .* 32 × 32"),
+        ({"name": "timm:vit_tiny_patch16_224", "image_size": 4}, "image_size 4 × 4 .* 16 × 16; .* 16 × 16"),
+        ({"name": "open_clip:ViT-S-32-alt", "image_size": 80}, "image_size 80 × 80 .* 32 × 32; .* 64 × 64"),
     ],
 )
 def test_towers_that_cannot_be_are_refused_in_one_line(config, message):

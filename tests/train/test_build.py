@@ -106,11 +106,54 @@ def test_every_family_takes_its_sizes(family, make_tokenizer):
         ({"family": "qwen33"}, "did you mean qwen3"),
         ({"width": 33}, "width 33 is no multiple of heads 4"),
         ({"options": {"rope_thetta": 1}}, "options.rope_thetta is no setting of family qwen3"),
+        ({"kv_heads": 3}, "heads 4 is no multiple of kv_heads 3"),
+        (
+            {"width": 30, "heads": 2},
+            "family 'qwen3' cannot be used: ValueError: RoPE requires an even rotary dimension",
+        ),
+        (
+            {"options": {"attention_dropout": "x"}},
+            "family 'qwen3' cannot be used: TypeError: Field 'attention_dropout'",
+        ),
+        ({"family": "xlnet"}, "family 'xlnet' cannot be used: NotImplementedError"),
+        ({"family": "gemma4_assistant"}, "family 'gemma4_assistant' cannot be used: ValueError: hidden_size_per_layer"),
     ],
 )
 def test_text_faults(make_tokenizer, changes, words):
-    with pytest.raises(UsageError, match=words):
+    with pytest.raises(UsageError, match=words) as refusal:
         family_config(TextSizes(**{"family": "qwen3", **SIZES, **changes}), make_tokenizer())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("language", "would", "mend"),
+    [
+        ("gemma3", "hidden size 2304 and 26 layers", "family gemma3_text"),
+        ("gemma3n", "hidden size 2048 and 35 layers", "family gemma3n_text"),
+        ("llama4", "hidden size 5120 and 48 layers", "family llama4_text"),
+        ("mistral3", "hidden size 5120 and 40 layers", "family mistral"),
+        ("qwen3_vl", "hidden size 4096 and 32 layers", "another family"),
+        ("nemotron_h", "hidden size 32 and 4 layers", "under their own names in model.text.options, or choose another"),
+    ],
+)
+def test_families_that_would_not_take_their_sizes(make_tokenizer, language, would, mend):
+    """Refused before they are made: some would take tens of gigabytes."""
+    words = f"family {language} would have {would} where width 32 and depth 3 are asked for; .*{mend}"
+    with pytest.raises(UsageError, match=words) as refusal:
+        family_config(TextSizes(family=language, **SIZES), make_tokenizer())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("language", ["t5", "whisper", "falcon", "gptj", "deepseek_v3", "qwen3_next"])
+def test_families_that_cannot_be_linked_are_refused_by_name(shards, language):
+    with pytest.raises(UsageError, match=f"language model (family )?'{language}'") as refusal:
+        build(config_of(shards, text={"family": language, **SIZES}))
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_option_that_the_family_cannot_use(shards):
+    with pytest.raises(UsageError, match="family 'qwen3' cannot be used: KeyError: 'nope'; choose another, or"):
+        build(config_of(shards, text={"family": "qwen3", "options": {"hidden_act": "nope"}, **SIZES}))
 
 
 def test_options_reach_the_family(make_tokenizer):
@@ -143,6 +186,9 @@ def test_open_clip_tower_from_scratch():
         (VisionSizes(name="clip:x"), "names no library"),
         (VisionSizes(name="open_clip:ViT-B-32", width=64), "takes its sizes from its name; remove embed_dim"),
         (VisionSizes(name="timm:vit_tiny_patch16_224", options={"widht": 1}), "cannot be built"),
+        (VisionSizes(**VISION | {"heads": 3}), "cannot be built: dim should be divisible by num_heads"),
+        (VisionSizes(**VISION | {"options": {"act_layer": "nope"}}), "cannot be built"),
+        (VisionSizes(**VISION | {"image_size": 36}), r"image_size 36 × 36 .* patch 8 × 8; .* such as 32 × 32"),
     ],
 )
 def test_vision_faults(spec, words):

@@ -79,6 +79,7 @@ def test_error_names_key_and_line(yaml_file, broken, line, words):
         ("{objective: joint, steps: 3, batch: 7, micro_batch: 4}", "batch 7 is no multiple of micro_batch 4"),
         ("{objective: joint, steps: 3, mask_share: 0.3}", "mask_share belongs to objective mlm, not joint"),
         ("{objective: clm, steps: 3, contrastive_weight: 1.0}", "contrastive_weight belongs to objective joint"),
+        ("{objective: joint, steps: 3, loss: siglip}", "loss is siglip and contrastive_weight is 0"),
         ("{objektive: joint, steps: 3}", "stages.0.objective is missing"),
     ],
 )
@@ -95,6 +96,28 @@ def test_missing_data_says_what_to_add(yaml_file):
 def test_saved_model_and_towers_contradict(yaml_file):
     assert "model={path: …}" in error_of(yaml_file(MINIMAL), "model.path=runs/a/model")
     assert load_config(yaml_file(MINIMAL), ["model={path: runs/a/model}"]).model.path == "runs/a/model"
+
+
+@pytest.mark.parametrize("setting", ["adapter: {every: 3}", "embedding_dim: 64", "tokenizer: {vocab_size: 999}"])
+def test_a_saved_model_brings_its_own(yaml_file, setting):
+    name = setting.partition(":")[0]
+    text = error_of(yaml_file(MINIMAL), f"model={{path: runs/a/model, {setting}}}")
+    assert f"model.path and model.{name} are both set, and a saved model brings its own; remove model.{name}" in text
+
+
+def test_a_tokenizer_that_exists_has_its_own_size(yaml_file):
+    path = yaml_file(MINIMAL)
+    text = error_of(path, "model.tokenizer={path: words, vocab_size: 999}")
+    assert (
+        "model.tokenizer: vocab_size is 999, and the tokenizer words has its own; remove one of vocab_size and path"
+        in text
+    )
+    assert load_config(path, ["model.tokenizer={path: words, vocab_size: 4096}"]).model.tokenizer.path == "words"
+
+
+def test_the_config_of_a_run_from_a_saved_model_reads_back(yaml_file):
+    config = load_config(yaml_file(MINIMAL), ["model={path: runs/a/model}"])
+    assert load_config(yaml_file(annotated_yaml(config), "config.yaml")) == config
 
 
 @pytest.mark.parametrize("setting", ["keep_best: true", "patience: 3"])
