@@ -26,9 +26,10 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no python3 of 3.11 or newer is on the PATH; install one, or make PYTHON=…" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@# Python compiles what it imports, a small part of what comes along.
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	@# Its own dependencies are forty packages that no test needs.
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'lmms-eval>=0.7,<0.8'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'lmms-eval>=0.7,<0.8'
 	@touch $@
 
 demo: $(STAMP)

@@ -27,10 +27,12 @@ PROMPT = [5, 200, 17, 300, 42, 9]
 
 @pytest.fixture
 def needed():
+    """What takes minutes to compile, so that tests of it are heavy."""
     for name in bench_llama.NEEDED:
         pytest.importorskip(name, reason="vlm bench decode --against llama.cpp needs it: pip install 'vlm[llama]'")
 
 
+@pytest.mark.heavy
 @torch.no_grad()
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
@@ -59,6 +61,7 @@ def test_llama_cpp_runs_the_same_model(needed, tmp_path, tied, kind):
     assert error < {"F32": 2e-3, "Q8_0": 5e-2}[kind]
 
 
+@pytest.mark.heavy
 def test_a_file_that_is_none_is_told_of(needed, tmp_path, capfd):
     (tmp_path / "torn.gguf").write_bytes(b"GGUF")
     with (
@@ -69,6 +72,7 @@ def test_a_file_that_is_none_is_told_of(needed, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.heavy
 def test_rows_say_which_build_was_measured(needed, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "BESIDE_LLAMA", (TINY,))
     monkeypatch.setattr(bench, "WORDS", TINY["vocab_size"])
