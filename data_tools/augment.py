@@ -116,9 +116,10 @@ def augmented(tar: Path, rewording: Rewording, counts: Counter[str]) -> Iterator
     A version is the sample with other words in its caption, its questions or its text, answers and pictures untouched, the
     key `KEY-syn1` and two JSON fields more, `"augmented": "synonyms"` and `"original": KEY`. Conversations stay as they are,
     and so do blocks of documents, whose places are counted in characters. Added to `counts`: originals, augmented,
-    unchanged (nothing could be reworded), already_augmented, unreadable. Raises UsageError for a damaged shard.
+    unchanged (nothing could be reworded), already_augmented, unreadable. Raises UsageError for a damaged shard, and for
+    one that has such a version of a sample already.
     """
-    entries = scan(tar)
+    entries, made = scan(tar), set[str]()
     while window := list(islice(entries, WINDOW)):
         stored = [(entry.key, entry.read()) for entry in window]
         told = [_texts(key, parts, counts) for key, parts in stored]
@@ -126,10 +127,15 @@ def augmented(tar: Path, rewording: Rewording, counts: Counter[str]) -> Iterator
             zip((one.key for one in told if one), rewording([one for one in told if one], counts), strict=True)
         )
         for key, parts in stored:
+            if key in made:
+                mend = "augment the original shards, synonyms with --copies N"
+                raise UsageError(f"sample {key}: already augmented with {rewording.name}; {mend}")
             counts["originals"] += 1
             yield key, parts
             if key in versions:
-                yield from _new_samples(key, parts, versions[key], rewording, counts)
+                new = dict(_new_samples(key, parts, versions[key], rewording, counts))
+                made |= set(new)
+                yield from new.items()
 
 
 def _new_samples(
@@ -188,7 +194,7 @@ def _with_texts(
             changed["txt"] = text.encode()
         else:
             _at(fields, place[:-1])[place[-1]] = text
-    if "caption" in fields:
+    if fields.get("caption") is not None:
         # The part would say the old caption still, and the field goes before it.
         changed.pop("txt", None)
     return changed | {"json": json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")}

@@ -11,10 +11,13 @@ alone; `write` reads the samples again and puts each where it belongs.
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +37,7 @@ from .clean_rules import Reason, Rules
 from .clean_text import clean_fields
 from .dedup_image import image_hash
 from .engines import LocalEngine
-from .job import Engine, PieceWriter, job
+from .job import Engine, Job, PieceWriter, job
 
 DROPPED = "dropped"  # the folder, in the output, of what was left out
 EXAMPLES = 6  # of each reason, in the report
@@ -110,16 +113,20 @@ def clean(
 
     OUT/dropped holds the others as shards, with the reason in each sample's JSON under "dropped"; OUT/report.json and
     OUT/report.html count the reasons and show examples. Keys, and the number of each shard, stay. scratch: a folder that
-    every worker sees, for what is needed meanwhile; by default within the unfinished output, so an `out` at an address
-    needs one. Killed and started again with the same arguments it goes on where it was.
+    every worker sees, for what is needed meanwhile, in a folder of its own that goes in the end; by default within the
+    unfinished output, so an `out` at an address needs one. Killed and started again with the same arguments it goes on
+    where it was.
     """
     if is_address(out) and scratch is None:
         raise UsageError(f"{out}: an address is no place to work in; give --scratch a folder that every worker sees")
     files = Shards.open(source).files
     guarded = [file for place in rules.contamination for file in Shards.open(place).files]
-    settings = {"clean": [asdict(file) for file in files], "guarded": [asdict(file) for file in guarded]}
-    with job(out, settings | {"rules": rules.model_dump(mode="json")}, engine or LocalEngine()) as work:
-        place = str(scratch) if scratch is not None else work.scratch("clean").place
+    settings = {
+        "clean": [asdict(file) for file in files],
+        "guarded": [asdict(file) for file in guarded],
+        "rules": rules.model_dump(mode="json"),
+    }
+    with job(out, settings, engine or LocalEngine()) as work, _workplace(work, scratch) as place:
         cleaning = Cleaning(rules, place, len(guarded))
         total = sum(file.samples for file in files)
         _finished(work.run("sign", partial(_sign_guarded, cleaning), guarded, sum(file.samples for file in guarded)))
@@ -134,6 +141,28 @@ def clean(
         summary = _summary(source, rules, done, Folder(join(work.folder.place, DROPPED)))
         write_report(work.folder, summary)
     return summary
+
+
+@contextmanager
+def _workplace(work: Job, scratch: str | Path | None) -> Iterator[str]:
+    """The job's own folder within `scratch`, which stays as long as the unfinished output does.
+
+    Where that of a killed run is gone, what was done in it is done again.
+    """
+    if scratch is None:
+        yield work.scratch("clean").place
+        return
+    output = work.folder.place if is_address(work.folder.place) else os.path.abspath(work.folder.place)
+    place = Path(scratch, f"clean-{sha256(os.fsencode(output)).hexdigest()[:16]}")
+    if not place.is_dir():
+        work.forget("sign", "judge")
+        place.mkdir(parents=True)
+    try:
+        yield str(place)
+    except (UsageError, OSError):
+        Folder(place).remove()
+        raise
+    Folder(place).remove()
 
 
 def _finished(results: Iterable[Any]) -> None:
@@ -198,14 +227,14 @@ def judge(entry: Entry, rules: Rules) -> tuple[Sample | None, list[Image.Image],
 def cleaned_parts(parts: Mapping[str, bytes], rules: Rules) -> tuple[dict[str, bytes], Reason | None]:
     """A sample's files with their texts cleaned, and the first reason to drop it. What has nothing to mend stays as it is."""
     stored = _object(parts["json"]) if "json" in parts else {}
-    # As in `parse_sample`, the .txt part is the caption where the JSON has none.
-    beside = {"caption": parts["txt"].decode("utf-8-sig", "replace").strip()} if "txt" in parts else {}
-    told = beside | stored if stored.get("caption") is None else stored
-    fields, reason = clean_fields(told, rules)
+    # As in `parse_sample`, the .txt part is the caption where the JSON has none, or null.
+    told_beside = "txt" in parts and stored.get("caption") is None
+    beside = {"caption": parts["txt"].decode("utf-8-sig", "replace").strip()} if told_beside else {}
+    fields, reason = clean_fields(beside | stored | beside, rules)
     cleaned = dict(parts)
-    if beside and told is not stored and fields["caption"] != told["caption"]:
+    if beside and fields["caption"] != beside["caption"]:
         cleaned["txt"] = fields["caption"].encode("utf-8", "surrogatepass")
-    mended = {name: fields[name] for name in stored}
+    mended = {name: value if name in beside else fields[name] for name, value in stored.items()}
     if mended != stored:
         cleaned["json"] = json.dumps(mended, ensure_ascii=False).encode("utf-8", "surrogatepass")
     return cleaned, reason

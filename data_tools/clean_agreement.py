@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from vlm.samples import Sample, pair_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlm.api import VLM
 
 BATCH = 32  # pairs at once
 
@@ -21,6 +26,7 @@ BATCH = 32  # pairs at once
 class Agreement:
     """Scores pairs in the order they are added: the cosine of picture and text, nan where there is nothing to compare.
 
+    Of a text of more tokens than the model takes, its first ones count.
     model: the folder of a trained model; None: nothing is scored.
     """
 
@@ -47,14 +53,25 @@ class Agreement:
     def _score(self) -> None:
         places, pictures, texts = zip(*self._waiting, strict=True)
         model = _loaded(str(self.model))
-        cosines = (model.embed_image(list(pictures)) * model.embed_text(list(texts))).sum(-1)
+        cosines = (model.embed_image(list(pictures)) * _embedded(model, texts)).sum(-1)
         for place, cosine in zip(places, cosines, strict=True):
             self._scores[place] = float(cosine)
         self._waiting = []
 
 
+def _embedded(model: VLM, texts: Sequence[str]) -> Tensor:
+    """Texts -> (texts, D) float32 of unit length, as `embed_text` has them, which refuses one of too many tokens."""
+    import torch
+
+    encoded = model.processor.encode_text(texts)
+    first = {name: tensor[:, : model.model.max_tokens] for name, tensor in encoded.items()}
+    with torch.no_grad():
+        rows = model.model.encode_text(**first, normalize=False)
+    return torch.nn.functional.normalize(rows.float(), dim=-1)
+
+
 @lru_cache(maxsize=1)
-def _loaded(folder: str) -> Any:
+def _loaded(folder: str) -> VLM:
     """The model of this process: pairs are scored by as many processes as there are cores, each with one thread."""
     import torch
 

@@ -205,7 +205,9 @@ class Duplicates(Section):
 class Agreement(Section):
     """How well image and text fit, as a trained contrastive model sees it (DataComp, Gadre et al. 2023)."""
 
-    model: str | None = Field(None, description="folder of the model; null: not judged")
+    model: str | None = Field(
+        None, description="folder of the model, which reads of a long text as much as it takes; null: not judged"
+    )
     drop_lowest: float | None = Field(None, gt=0, lt=1, description="share of the samples to drop; this or threshold")
     threshold: float | None = Field(None, ge=-1, le=1, description="cosine below which a sample is dropped")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from vlm.errors import UsageError
 from vlm.images import check_image, extension_of
-from vlm.samples import SampleError, make_sample
+from vlm.samples import Sample, SampleError, make_sample
 from vlm.shards import write_index
 from vlm.storage import Folder, join
 
@@ -59,6 +59,7 @@ def convert(
     Killed and started again with the same arguments it goes on where it was; the bytes do not depend on that, nor on the
     engine.
     """
+    _check_limits(samples_per_shard, shard_bytes, max_skipped)
     source = open_source(format, Path(src), Path(images) if images is not None else None, **options)
     rows_per_piece = 1 if source.whole_shards else samples_per_shard
     settings = _settings(source, format, rows_per_piece, shard_bytes)
@@ -72,6 +73,15 @@ def convert(
         _gather_skipped(work.folder, work.scratch("skipped"))
         write_index(work.folder.place, [shard for one in results for shard in one["shards"]])
     return counts
+
+
+def _check_limits(samples_per_shard: int, shard_bytes: int | None, max_skipped: float) -> None:
+    if samples_per_shard < 1:
+        raise UsageError(f"{samples_per_shard} samples per shard; give at least 1")
+    if shard_bytes is not None and shard_bytes < 1:
+        raise UsageError(f"{shard_bytes} bytes per shard; give at least 1")
+    if not 0 <= max_skipped <= 1:
+        raise UsageError(f"max_skipped is {max_skipped:g} of the samples; give 0 to 1")
 
 
 def _settings(source: Source, format: str, rows_per_piece: int, shard_bytes: int | None) -> dict[str, Any]:
@@ -149,11 +159,21 @@ def _parts(record: Record) -> dict[str, bytes]:
         extension = extension_of(data)
         parts[extension if len(record.images) == 1 else f"{number}.{extension}"] = data
     try:
-        make_sample(record.key, record.fields, tuple(parts.values()))
+        _check_shown(make_sample(record.key, record.fields, tuple(parts.values())))
     except SampleError as error:
         raise UsageError(f"{record.place}: {error}") from None
     parts["json"] = _JSON.encode(record.fields).encode("utf-8", "surrogatepass")
     return parts
+
+
+def _check_shown(sample: Sample) -> None:
+    """Raise SampleError for a conversation that leaves out a picture: no word of it would be learnt from that one."""
+    places = sum(part["type"] == "image" for message in sample.messages for part in message["content"])
+    if sample.messages and places < len(sample.images):
+        raise SampleError(
+            f"sample {sample.key}: messages have {places} image places for {len(sample.images)} images; "
+            'write one {"type": "image"} for each image'
+        )
 
 
 def _image_bytes(place: str, image: str | bytes) -> bytes:

@@ -33,15 +33,23 @@ def make_engine(name: str = "local", processes: int | None = None) -> Engine:
     """
     if name not in ENGINES:
         raise UsageError(f"engine {name!r} is not known; use one of {', '.join(ENGINES)}")
-    if processes is not None and processes < 1:
-        raise UsageError(f"{processes} processes; give at least 1")
+    _check_processes(processes)
     return ENGINES[name](processes)
 
 
+def _check_processes(processes: int | None) -> None:
+    if processes is not None and processes < 1:
+        raise UsageError(f"{processes} processes; give at least 1")
+
+
 class LocalEngine:
-    """A pool of processes, one per usable core by default; with one, or for one item, the work is done right here."""
+    """A pool of processes, one per usable core by default; with one, or for one item, the work is done right here.
+
+    Raises UsageError for less than one process.
+    """
 
     def __init__(self, processes: int | None = None) -> None:
+        _check_processes(processes)
         self.processes = processes or usable_cores()
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> Generator[Any, None, None]:

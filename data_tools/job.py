@@ -58,6 +58,13 @@ class Job:
         results = self.engine.map(partial(_piece, work, self.folder, step), enumerate(pieces))
         return watched(self._stack.enter_context(closing(results)), step, total)
 
+    def forget(self, *steps: str) -> None:
+        """Have every piece of some steps done again."""
+        states = Folder(join(self.folder.place, STATE))
+        for name in states.names():
+            if name.rpartition("-")[0] in steps:
+                states.remove(name)
+
     def scratch(self, name: str) -> Folder:
         """A folder for what is needed until the job is done."""
         return Folder(join(self.folder.place, f"{STATE}/{name}"))

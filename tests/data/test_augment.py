@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from vlm.data_tools import synonyms
-from vlm.data_tools.augment import Synonyms, augmented
+from vlm.data_tools.augment import Synonyms, augment, augmented
+from vlm.data_tools.engines import LocalEngine
 from vlm.data_tools.scene_language import caption, questions
 from vlm.data_tools.scene_world import LEVELS, compose
 from vlm.data_tools.scenes import make_scene
@@ -282,6 +283,34 @@ def test_only_the_wording_changes(tar):
     assert fields_of(made["words-syn1"])["text"] in {"A bicycle stands near a couch.", "A bike stands near a couch."}
     assert made["a/said-syn1"]["txt"] == b"two bicycles"
     assert fields_of(made["both-syn1"])["caption"] == "a couch" and "txt" not in made["both-syn1"]
+
+
+def test_a_null_caption_hides_none_beside_the_json(tmp_path):
+    with ShardWriter(tmp_path / "in") as writer:
+        writer.write("k", {"png": b"p", "txt": b"two bikes", "json": b'{"caption": null}'})
+    made, _ = run(tmp_path / "in" / "00000.tar")
+    assert parse_sample("k-syn1", made["k-syn1"]).caption == "two bicycles"
+
+
+def test_shards_augmented_before_are_refused(tmp_path):
+    """But not where the originals of what was added are gone."""
+    words_of = {"a": "a red circle", "b": "a sofa", "c": "a bike"}
+    with ShardWriter(tmp_path / "in") as writer:
+        for key, text in words_of.items():
+            writer.write(key, {"json": json.dumps({"caption": text}).encode()})
+    augment(tmp_path / "in", tmp_path / "once", Synonyms(share=1.0), LocalEngine(1))
+    with pytest.raises(UsageError) as refusal:
+        augment(tmp_path / "once", tmp_path / "twice", Synonyms(share=1.0, seed=5), LocalEngine(1))
+    assert str(refusal.value) == (
+        "sample b-syn1: already augmented with synonyms; augment the original shards, synonyms with --copies N"
+    )
+    assert not (tmp_path / "twice").exists()
+    with ShardWriter(tmp_path / "alone") as writer:
+        for entry in Shards.open(tmp_path / "once").entries:
+            if "syn" in entry.key:
+                writer.write(entry.key, entry.read())
+    counts = augment(tmp_path / "alone", tmp_path / "same", Synonyms(share=1.0), LocalEngine(1))
+    assert counts["already_augmented"] == 2 and counts["augmented"] == 0
 
 
 def test_copies_differ_and_the_same_seed_gives_the_same_bytes(tmp_path):

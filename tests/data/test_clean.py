@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_a_caption_may_lie_beside_the_json(tmp_path: Path) -> None:
     assert kept["empty"] == {"png": encoded(2), "txt": b" ", "json": questions}
 
 
+def test_a_null_caption_hides_none_beside_the_json(tmp_path: Path) -> None:
+    told = {"mended": "ask for prints at jane@example.org today", "short": "dog", "good": "a white cat in the snow"}
+    json_part = b'{ "caption": null, "id": 1 }'
+    samples = {
+        key: {"png": encoded(number), "txt": text.encode(), "json": json_part}
+        for number, (key, text) in enumerate(told.items())
+    }
+    clean(shards(tmp_path / "in", samples), tmp_path / "out", rules())
+    kept = {entry.key: entry.read() for entry in Shards.open(tmp_path / "out").entries}
+    assert reasons(tmp_path / "out") == {"short": "too short"}
+    assert kept["mended"] == samples["mended"] | {"txt": b"ask for prints at [email] today"}
+    assert kept["good"] == samples["good"]
+
+
 @pytest.mark.parametrize(
     ("by", "out"),
     [("pair", {"twice"}), ("image", {"twice", "same-picture"}), ("text", {"twice", "same-words"}), ("none", set())],
@@ -202,6 +217,22 @@ def test_the_pairs_that_agree_least_go(model: str, tmp_path: Path) -> None:
     assert set(reasons(tmp_path / "five")) == set(lowest[:5])
 
 
+def test_a_text_too_long_for_the_model_is_judged_by_its_beginning(model: str, tmp_path: Path) -> None:
+    """What differs behind the last token that the model takes changes nothing; what differs before it does."""
+    long = " ".join(["what is this?"] * vlm.load(model, device="cpu").model.max_tokens)
+    asked = {"one": f"{long} red", "two": f"{long} blue", "other": f"blue {long}", "short": "what is this?"}
+    samples = {
+        key: {"png": encoded(1), "json": json.dumps({"question": text, "answer": "dog"}).encode()}
+        for key, text in asked.items()
+    }
+    source = shards(tmp_path / "in", samples)
+    clean(source, tmp_path / "out", rules(agreement__model=model, agreement__threshold=1.0, duplicates__by="none"))
+    told = {entry.key: json.loads(entry.read()["json"]) for entry in Shards.open(tmp_path / "out/dropped").entries}
+    scores = {key: fields["agreement"] for key, fields in told.items()}
+    assert set(scores) == set(asked)
+    assert scores["one"] == scores["two"] and scores["other"] != scores["one"] != scores["short"]
+
+
 # Who does it, and when
 
 
@@ -211,9 +242,8 @@ def test_the_bytes_do_not_depend_on_the_processes(messy: Path, tmp_path: Path) -
     assert files(tmp_path / "1") == files(tmp_path / "2")
 
 
-@pytest.mark.parametrize("after", [3, 9, 15, 20, 24])
-def test_killed_and_started_again_it_ends_the_same(after: int, messy: Path, tmp_path: Path, monkeypatch) -> None:
-    clean(messy, tmp_path / "straight", rules(), engine=LocalEngine(1))
+def killed(after: int, *arguments: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> bool:
+    """Whether cleaning was killed at the start of the call of that number of `cleaned_parts`, or ended before it."""
     calls: list[int] = []
 
     def dies(parts: Any, given: Any) -> Any:
@@ -224,15 +254,80 @@ def test_killed_and_started_again_it_ends_the_same(after: int, messy: Path, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr("vlm.data_tools.clean.cleaned_parts", dies)
-        arguments = (messy, tmp_path / "out", rules())
-        child = multiprocessing.get_context("fork").Process(
-            target=clean, args=arguments, kwargs={"engine": LocalEngine(1)}
-        )
+        options |= {"engine": LocalEngine(1)}
+        child = multiprocessing.get_context("fork").Process(target=clean, args=arguments, kwargs=options)
         child.start()
         child.join()
-    assert (child.exitcode == -signal.SIGKILL) == (not (tmp_path / "out").exists())
-    if child.exitcode:
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+@pytest.mark.parametrize("after", [3, 9, 15, 20, 24])
+def test_killed_and_started_again_it_ends_the_same(after: int, messy: Path, tmp_path: Path, monkeypatch) -> None:
+    clean(messy, tmp_path / "straight", rules(), engine=LocalEngine(1))
+    arguments = (messy, tmp_path / "out", rules())
+    died = killed(after, *arguments, monkeypatch=monkeypatch)
+    assert died == (not (tmp_path / "out").exists())
+    if died:
         clean(*arguments, engine=LocalEngine(1))
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+WRITING = len(MESSY) + 3  # a call of `cleaned_parts` when all is judged
+
+
+def test_a_folder_to_work_in_is_left_as_it_was(messy: Path, tmp_path: Path, monkeypatch) -> None:
+    """What others keep there stays, and after a kill, and only then, what the next run goes on with."""
+    work = tmp_path / "work"
+    (work / "judged").mkdir(parents=True)
+    (work / "judged" / "mine").touch()
+    clean(messy, tmp_path / "straight", rules(), scratch=work, engine=LocalEngine(1))
+    assert files(work) == {"judged/mine": b""} and len(list(work.iterdir())) == 1
+    assert killed(WRITING, messy, tmp_path / "out", rules(), scratch=work, monkeypatch=monkeypatch)
+    assert len(list(work.iterdir())) == 2
+    monkeypatch.setattr("vlm.data_tools.clean.judge", None)  # all was judged
+    clean(messy, tmp_path / "out", rules(), scratch=work, engine=LocalEngine(1))
+    assert files(work) == {"judged/mine": b""} and len(list(work.iterdir())) == 1
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_a_refused_run_leaves_nothing_in_the_folder_to_work_in(messy: Path, tmp_path: Path, monkeypatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise UsageError("no")
+
+    monkeypatch.setattr("vlm.data_tools.clean.judge", refuses)
+    with pytest.raises(UsageError, match="^no$"):
+        clean(messy, tmp_path / "out", rules(), scratch=tmp_path / "work", engine=LocalEngine(1))
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_folder_to_work_in_that_is_lost_is_filled_anew(messy: Path, tmp_path: Path, monkeypatch) -> None:
+    clean(messy, tmp_path / "straight", rules(), engine=LocalEngine(1))
+    options = {"scratch": tmp_path / "work"}
+    assert killed(WRITING, messy, tmp_path / "out", rules(), **options, monkeypatch=monkeypatch)
+    shutil.rmtree(tmp_path / "work")
+    clean(messy, tmp_path / "out", rules(), **options, engine=LocalEngine(1))
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_other_rules_after_a_kill_leave_nothing_of_it_either(messy: Path, tmp_path: Path, monkeypatch) -> None:
+    by_image = rules(duplicates__by="image")
+    clean(messy, tmp_path / "straight", by_image, engine=LocalEngine(1))
+    options = {"scratch": tmp_path / "work"}
+    assert killed(WRITING, messy, tmp_path / "out", rules(), **options, monkeypatch=monkeypatch)
+    clean(messy, tmp_path / "out", by_image, **options, engine=LocalEngine(1))
+    assert list((tmp_path / "work").iterdir()) == []
+    assert files(tmp_path / "out") == files(tmp_path / "straight")
+
+
+def test_runs_may_share_a_folder_to_work_in(messy: Path, tmp_path: Path, monkeypatch) -> None:
+    """One that was killed does not go on with what another has left there since."""
+    other = shards(tmp_path / "other", dict(reversed(MESSY.items())))
+    clean(messy, tmp_path / "straight", rules(), engine=LocalEngine(1))
+    options = {"scratch": tmp_path / "work", "monkeypatch": monkeypatch}
+    assert killed(WRITING, messy, tmp_path / "out", rules(), **options)
+    assert killed(WRITING, other, tmp_path / "out-of-other", rules(), **options)
+    clean(messy, tmp_path / "out", rules(), scratch=tmp_path / "work", engine=LocalEngine(1))
     assert files(tmp_path / "out") == files(tmp_path / "straight")
 
 

@@ -237,6 +237,11 @@ FAULTS = {
         "messages have 2 image places for 1 images",
         "add the images",
     ),
+    "an image that no message shows": (
+        {"messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Yes."}], "image": "0.png"},
+        "messages have 0 image places for 1 images",
+        'write one {"type": "image"} for each image',
+    ),
     "nothing": ({"licence": "CC0"}, "nothing usable", "give an image"),
 }  # fmt: skip
 
@@ -268,6 +273,10 @@ def test_what_is_asked_for_is_checked_first(source, tmp_path: Path) -> None:
         ({"src": tmp_path}, f"{tmp_path}: no such file"),
         ({"images": tmp_path / "none"}, "none: no such folder; give the one that image paths start from"),
         ({"src": source(b"", b" ", name="empty.jsonl")}, "empty.jsonl: no samples; give one JSON object a line"),
+        ({"samples_per_shard": 0}, "0 samples per shard; give at least 1"),
+        ({"samples_per_shard": -1}, "-1 samples per shard; give at least 1"),
+        ({"shard_bytes": 0}, "0 bytes per shard; give at least 1"),
+        ({"max_skipped": -0.1}, "max_skipped is -0.1 of the samples; give 0 to 1"),
         ({"out": rows}, "pairs.jsonl: already there; choose another folder or remove it"),
         ({"out": rows / "in"}, "can not be written (Not a directory); choose another folder"),
     ):
@@ -315,12 +324,13 @@ def test_a_disk_that_runs_full_leaves_nothing(place, source, tmp_path: Path, mon
 
 
 def test_killed_half_way_it_leaves_nothing_that_looks_whole(source, tmp_path: Path, monkeypatch) -> None:
-    seen: list[str] = []
+    real, seen = vlm.data_tools.convert.make_sample, []
 
-    def dies(key: str, *rest: Any) -> None:
+    def dies(key: str, *rest: Any) -> Any:
         seen.append(key)
         if len(seen) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
+        return real(key, *rest)
 
     rows = source(*[GOOD] * 9)
     with monkeypatch.context() as patch:

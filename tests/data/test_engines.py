@@ -155,6 +155,8 @@ def test_engines_are_made_by_name() -> None:
         make_engine("spark", None)
     with pytest.raises(UsageError, match="^0 processes; give at least 1$"):
         make_engine("local", 0)
+    with pytest.raises(UsageError, match="^-1 processes; give at least 1$"):
+        LocalEngine(-1)
 
 
 # Jobs
