@@ -70,22 +70,30 @@ def words(make_shards, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def config_of(make_config, save_model, base, mixed, words, tmp_path_factory):
+def shallow(save_model, tmp_path_factory) -> str:
+    """A saved model with one adapter: ZeRO-3 takes a millisecond for every module."""
+    return save_model(tmp_path_factory.mktemp("shallow") / "model", every=3, gate_init=0.5)
+
+
+@pytest.fixture(scope="module")
+def config_of(make_config, save_model, shallow, mixed, words, tmp_path_factory):
     """The config of a run by its name, for so many ranks that see the same micro-batches together."""
     folder = tmp_path_factory.mktemp("ranks")
-    sparse = save_model(folder / "sparse", **EXPERTS)
+    sparse = save_model(folder / "sparse", every=3, **EXPERTS)
     sources = [{"path": mixed, "weight": 3}, {"path": words, "weight": 1, "objectives": ["joint"]}]
 
     def make(name: str, ranks: int, held: int = 4):
         stages, fields = RUNS[name]
         fields = dict(fields)
-        if fields.pop("adapter", None) is not None:
-            fields["model"] = {"path": sparse}
-        if "quantize" in fields:
-            fields["model"] = {"path": base, "quantize": fields.pop("quantize")}
+        model = {
+            "path": shallow if fields.pop("adapter", None) is None else sparse,
+            "quantize": fields.pop("quantize", None),
+        }
         sizes = {"batch": 8, "micro_batch": held // ranks}
         out = folder / f"{name} on {ranks}, {held} at once"
-        return make_config(out, *[sizes | dict(stage) for stage in stages], **fields, data={"train": sources})
+        return make_config(
+            out, *[sizes | dict(stage) for stage in stages], **fields, model=model, data={"train": sources}
+        )
 
     return make
 
@@ -222,7 +230,7 @@ def test_the_average_of_two_ranks_is_that_of_one(one, two, zero):
     assert all(torch.allclose(together[name], value, rtol=1e-2, atol=1e-3) for name, value in alone.items())
 
 
-def test_lora_under_zero_3_saves_what_it_trained(one, two, base):
+def test_lora_under_zero_3_saves_what_it_trained(one, two, shallow):
     assert difference(two["lora"], one("lora")) < 1e-4
     folder = two["lora"].out / "adapter"
     for file in ("adapter_model.safetensors", "trained.safetensors"):
@@ -233,7 +241,7 @@ def test_lora_under_zero_3_saves_what_it_trained(one, two, base):
         for name, value in load_file(folder / "adapter_model.safetensors").items()
         if "lora_B" in name
     )
-    model, _ = read(base)
+    model, _ = read(shallow)
     load_lora(model, folder)
     merged, _ = read(two["lora"].out / "model")
     ids, pixels = torch.tensor([[3, 40, 50, 60]]), torch.ones(1, 3, 32, 32)
@@ -242,9 +250,9 @@ def test_lora_under_zero_3_saves_what_it_trained(one, two, base):
 
 
 @pytest.mark.parametrize("zero", [1, 3])
-def test_lora_on_a_quantized_base_on_two_ranks(one, two, base, zero):
+def test_lora_on_a_quantized_base_on_two_ranks(one, two, shallow, zero):
     assert difference(two[f"quantized {zero}"], one(f"quantized {zero}")) < 1e-3, "a rounding that goes the other way"
-    model = read(base)[0]
+    model = read(shallow)[0]
     load_lora(model, two[f"quantized {zero}"].out / "adapter")
     assert model.config.quantization["scheme"] == "int8"
 
