@@ -130,16 +130,23 @@ class VLM:
         return told[0] if _is_conversation(messages) else told
 
     def generate_each(
-        self, conversations: Iterable[Messages], *, batch_size: int = 32, **options: Any
+        self,
+        conversations: Iterable[Messages],
+        *,
+        batch_size: int = 32,
+        numbers: Iterable[int] | None = None,
+        **options: Any,
     ) -> Iterator[tuple[int, str]]:
         """The replies that `generate` gives to many conversations, each with its number, in the order in which they end.
 
         Conversations are taken as there is room, at most two batches ahead of the replies, so that there may be any number
-        of them and their pictures are opened late. options: the fields of `Decoding`.
+        of them and their pictures are opened late. numbers: those of the conversations, from 0 on where none are given; with
+        a seed it is the number that a draw follows from, so that a share of many is answered as within all of them.
+        options: the fields of `Decoding`.
         """
         prompts = self._prompts(map(self._asked, conversations), batch_size)
-        for place, _, text in self._ended(prompts, Decoding(**options), 1, batch_size, batch_size):
-            yield place, text.strip()
+        for number, _, text in self._ended(prompts, Decoding(**options), 1, batch_size, batch_size, numbers):
+            yield number, text.strip()
 
     def stream(self, messages: Messages, **options: Any) -> Iterator[str]:
         """The reply that `generate` gives, piece by piece as it is made, white space at its ends included. Stopping early
@@ -307,7 +314,13 @@ class VLM:
         return [[text for _, text in sorted(texts, key=lambda told: -told[0])] for texts in found]
 
     def _ended(
-        self, prompts: Iterable[Prompt], decoding: Decoding, n: int, batch_size: int, at_once: int
+        self,
+        prompts: Iterable[Prompt],
+        decoding: Decoding,
+        n: int,
+        batch_size: int,
+        at_once: int,
+        numbers: Iterable[int] | None = None,
     ) -> Iterator[tuple[int, float, str]]:
         """Replies as they end, `n` to each prompt: the prompt's number, what the reply is worth beside its like, its text."""
         drawn = _drawn(decoding, n)
@@ -320,7 +333,7 @@ class VLM:
                     yield from ((place, worth, text) for worth, text in one.best(n))
 
         with self._engine_of(at_once * decoding.num_beams) as engine:
-            for place, prompt in enumerate(prompts):
+            for place, prompt in enumerate(prompts) if numbers is None else zip(numbers, prompts, strict=True):
                 for number in range(place * drawn, place * drawn + drawn):
                     running[engine.add(prompt, _numbered(decoding, number))] = place
                 while engine.waiting >= batch_size:
@@ -342,13 +355,22 @@ class VLM:
         if rows > 1 or not self._own_engine_free.acquire(blocking=False):
             yield self.engine(max(1, rows))
             return
+        engine, self._own_engine = self._own_engine, None
         try:
-            self._own_engine = self._own_engine or self.engine(1)
-            yield self._own_engine
+            if engine is None or not engine.fits:
+                engine = self.engine(1)
+            try:
+                yield engine
+            except GeneratorExit:  # its reader has stopped between two steps
+                self._keep(engine)
+                raise
+            self._keep(engine)  # one that anything else went through may be in any state
         finally:
-            if self._own_engine is not None:
-                self._own_engine.cancel_all()
             self._own_engine_free.release()
+
+    def _keep(self, engine: Engine) -> None:
+        engine.cancel_all()
+        self._own_engine = engine
 
     def _fill_one(self, text: str, top_k: int) -> list[tuple[str, float]]:
         tokenizer, masked = self.processor.tokenizer, self.model.config.reading == "masked"

@@ -9,6 +9,7 @@ from typing import Any
 from vlm.api import load
 from vlm.errors import UsageError
 from vlm.processes import Share, in_processes
+from vlm.processing import user_turn
 from vlm.samples import IMAGE_EXTENSIONS
 
 MEND = "if memory ran out, lower --replicas"
@@ -37,14 +38,15 @@ def caption_all(
     names, replicas = [str(picture) for picture in pictures], min(replicas, len(pictures))
     if replicas == 1:
         return load(model, device=device, at_once=len(names)).caption(names, **options)
-    captions = [""] * len(names)
-    shared = in_processes(_captions, replicas, model, names, device, options, mend=MEND)
-    for process, texts in enumerate(shared):
-        for number, text in zip(Share(process, replicas).of(len(names)), texts, strict=True):
-            captions[number] = text
-    return captions
+    captions: dict[int, str] = {}
+    for told in in_processes(_captions, replicas, model, names, device, options, mend=MEND):
+        captions |= told
+    return [captions[number] for number in range(len(names))]
 
 
-def _captions(model: str, names: list[str], device: str, options: dict[str, Any], share: Share) -> list[str]:
-    own = [names[number] for number in share.of(len(names))]
-    return load(model, device=share.take(device), at_once=len(own)).caption(own, **options)
+def _captions(model: str, names: list[str], device: str, options: dict[str, Any], share: Share) -> dict[int, str]:
+    """By the pictures' numbers."""
+    own = share.of(len(names))
+    vlm = load(model, device=share.take(device), at_once=len(own))
+    asked = (user_turn([names[number]], vlm.processor.caption_prompt) for number in own)
+    return dict(vlm.generate_each(asked, numbers=own, **options))

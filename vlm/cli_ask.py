@@ -73,7 +73,7 @@ def ask(
     *images, question = rest
     if not images:
         raise UsageError(f"no picture is given with {question!r}; write vlm ask MODEL IMAGE… QUESTION")
-    if Path(question).is_file():
+    if os.path.isfile(question):  # of a Path, a long name is an error (Python 3.11)
         raise UsageError(
             f"{question} is a file and stands where the question belongs; write vlm ask MODEL IMAGE… QUESTION"
         )
@@ -171,7 +171,9 @@ def serve_model(
         int, typer.Option(help="so many processes hold each model together, each on its GPU or its cores", min=1)
     ] = 1,
     rows: Annotated[int, typer.Option(help="replies decoded together")] = 16,
-    length: Annotated[int | None, typer.Option(help="tokens of prompt and reply; default: all the model takes")] = None,
+    length: Annotated[
+        int | None, typer.Option(help="tokens of prompt and reply; default: all the model takes", min=2)
+    ] = None,
     queue: Annotated[int, typer.Option(help="replies that may wait for a row; more get 429")] = 64,
     wait: Annotated[float, typer.Option(help="seconds that one may wait for a row; then it gets 503")] = 60.0,
     max_body: Annotated[int, typer.Option(help="bytes of a request")] = 32 * 2**20,

@@ -82,6 +82,8 @@ def test_replies_that_come_one_by_one_are_those_that_come_together(talker, pictu
         assert len(taken) <= len(replies) + 3 * 3, "two batches ahead of those that are being answered"
         replies[place] = text
     assert [replies[place] for place in range(11)] == together
+    share = talker.generate_each(conversations[1::2], numbers=range(1, 11, 2), max_new_tokens=6, **options)
+    assert dict(share) == {place: together[place] for place in range(1, 11, 2)}
     with pytest.raises(UsageError, match="batch_size is 0"):
         next(talker.generate_each(conversations, batch_size=0))
 
@@ -122,6 +124,7 @@ def test_a_seed_repeats_a_sample_and_leaves_the_global_state(talker, pictures):
     assert torch.equal(torch.get_rng_state(), state)
     assert first == talker.generate(messages, seed=1, **options)
     assert first != talker.generate(messages, seed=2, **options)
+    assert talker.generate(messages, seed=-1, **options) == talker.generate(messages, seed=-1, **options)
     greedy = talker.generate(messages, max_new_tokens=12)
     assert talker.generate(messages, seed=3, max_new_tokens=12, temperature=1.0, top_k=1) == greedy
     assert talker.generate(messages, seed=3, max_new_tokens=12, temperature=1.0, top_p=1e-6) == greedy
@@ -181,6 +184,45 @@ def test_what_goes_wrong_in_a_stream_reaches_its_reader(talker, pictures):
         list(talker.stream(user_turn(pictures[:1], "What?")))
     hook.remove()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, torch.cuda.OutOfMemoryError, UsageError])
+def test_what_went_wrong_leaves_the_next_call_right(talker, pictures, fault, monkeypatch):
+    """The picture before must not be answered about."""
+
+    def answer(asker: vlm.VLM, picture) -> str:
+        return asker.answer(picture, "What is it?", max_new_tokens=8)
+
+    def fail(*args):
+        raise fault("now")
+
+    first, second = (answer(vlm.VLM(talker.model, talker.processor), picture) for picture in pictures[:2])
+    assert first != second
+    asker = vlm.VLM(talker.model, talker.processor)
+    assert answer(asker, pictures[0]) == first
+    with monkeypatch.context() as broken:
+        broken.setattr(talker.model, "image_states", fail)
+        with pytest.raises(fault):
+            answer(asker, pictures[1])
+    assert [answer(asker, picture) for picture in pictures[1::-1]] == [second, first]
+
+
+def test_what_was_read_is_kept_by_a_reader_that_stops(talker, pictures):
+    asker = vlm.VLM(talker.model, talker.processor)
+    asker.answer(pictures[0], "What?", max_new_tokens=2)
+    kept = asker._own_engine
+    stream = asker.stream(user_turn(pictures[:1], "What?"), max_new_tokens=8)
+    next(stream)
+    stream.close()
+    assert asker._own_engine is kept is not None and not kept.busy
+
+
+def test_a_model_may_change_its_type_between_calls(make_model, make_processor, pictures):
+    asker = vlm.VLM(make_model(gate_init=1.0), make_processor())
+    asker.answer(pictures[0], "What?", max_new_tokens=4)
+    asker.model.to(torch.bfloat16)
+    changed = asker.answer(pictures[0], "What?", max_new_tokens=4)
+    assert changed == vlm.VLM(asker.model, asker.processor).answer(pictures[0], "What?", max_new_tokens=4)
 
 
 def test_completion_returns_what_is_new(talker):

@@ -203,6 +203,7 @@ def test_ask_about_one_or_several(cli, model_folder, pictures):
     ("question", "options", "words"),
     [
         (" ", [], "empty"),
+        ("What? " * 100, [], "the text has 6"),
         ("What?", ["--temperature", "-1"], "temperature is -1"),
         ("What?", ["--device", "cudda"], "device 'cudda'"),
     ],

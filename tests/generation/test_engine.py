@@ -271,6 +271,36 @@ def test_nothing_grows_and_memory_is_linear_in_rows_and_length(model, make_engin
     assert full(2, 129) == 2 * small  # a place more than the length is nobody's: 130 = 2 · 65
 
 
+def test_memory_follows_what_is_written_and_not_what_is_asked_for(make_model, make_engine):
+    engine = make_engine(lively(make_model("opt", gate_init=1.0)))  # which takes 2 048 tokens
+    reply = engine.add(Prompt([9] * 70), Decoding(max_new_tokens=1900))
+    lengths = []
+    while len(reply.tokens) < 700:
+        engine.step()
+        lengths.append(engine.slots.length)
+        assert engine.slots.layers[0].tensors()[0].shape[2] == lengths[-1] + 1
+    written = [70 + place for place in range(len(lengths))]
+    assert lengths[0] == 512 and lengths[-1] == 1024
+    assert all(now <= length for now, length in zip(written, lengths, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"int8_cache": True}])
+def test_what_is_reserved_ahead_changes_nothing(model, make_engine, monkeypatch, options):
+    """Rows that grow while others come, pictures and searches among them, beside ones with all the room at once."""
+    decodings = [Decoding(max_new_tokens=150, repetition_penalty=3.0), Decoding(max_new_tokens=120, num_beams=3)]
+    said = []
+    for ahead in (1, 10_000):
+        monkeypatch.setattr("vlm.generation.room.AHEAD", ahead)
+        engine = make_engine(model, rows=6, **options)
+        generations = [engine.add(prompt, decodings[place % 2]) for place, prompt in enumerate(prompts_of(11, 8))]
+        engine.step()
+        begun = engine.slots.length
+        finish(engine)
+        said.append([generation.tokens for generation in generations])
+        assert (begun < engine.slots.length) == (ahead == 1)
+    assert said[0] == said[1]
+
+
 def test_nothing_is_left_on_modules(model, make_engine):
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     engine = make_engine(model)
@@ -310,6 +340,9 @@ def test_a_request_that_cannot_be_served_is_refused(model, make_model, make_engi
         make_engine(model).add(Prompt([9] * 256), Decoding())
     with pytest.raises(UsageError, match="length is 300 and the language model takes 256 tokens"):
         make_engine(model, length=300)
+    for none in (1, 0, -5):
+        with pytest.raises(UsageError, match=f"length is {none} and a prompt and a reply take 2 tokens; raise it"):
+            make_engine(model, length=none)
     with pytest.raises(UsageError, match="'bert' reads both ways"):
         make_engine(make_model("bert"))
     assert not engine.busy

@@ -62,6 +62,25 @@ def test_room_that_grows_keeps_what_lies_there():
     assert grown(tensor, 2, 4) is tensor
 
 
+def test_where_memory_runs_out_what_lies_there_stays(monkeypatch):
+    slots, keys = filled()
+    layer = type(slots.layers[0])
+    grow = layer.reserve
+
+    def fail_second(self, rows: int, positions: int) -> None:
+        if self is slots.layers[1]:
+            raise torch.cuda.OutOfMemoryError("now")
+        grow(self, rows, positions)
+
+    with monkeypatch.context() as full:
+        full.setattr(layer, "reserve", fail_second)
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            slots.reserve(5, 21)
+    assert (slots.rows, slots.length) == (3, 10)
+    slots.reserve(5, 21)
+    assert torch.equal(read(slots)[:3, :, :10], keys) and torch.equal(read(slots, 1)[:3, :, :10], keys * 2)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_rounding_errs_by_half_a_step_at_most(scale):
     given = states(2, 3, 5, 16) * scale

@@ -70,6 +70,19 @@ def test_a_conversation_keeps_its_turns_and_is_not_read_again(ask, model, make_p
     assert again.usage.prompt_tokens == reply.usage.prompt_tokens
 
 
+def test_a_reply_is_taken_back_as_the_client_has_it(ask):
+    first = asked("Tell me.")
+    told = ask(first).choices[0].message
+    asks_on = {"role": "user", "content": "And?"}
+    plain = ask([*first, {"role": "assistant", "content": told.content}, asks_on]).choices[0].message
+    for message in (told, told.model_dump(), told.to_dict(), json.loads(told.model_dump_json())):
+        assert ask([*first, message, asks_on]).choices[0].message == plain
+    for name in ("refusal", "tool_calls"):
+        with pytest.raises(openai.BadRequestError) as raised:
+            ask([*first, {**told.model_dump(), name: "said"}, asks_on])
+        assert raised.value.param == f"messages.1.{name}"
+
+
 def test_a_stream_is_the_reply_in_pieces(ask, make_picture, image_part):
     messages = asked("Describe it.", image_part(make_picture(3)))
     whole = ask(messages, max_completion_tokens=40)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import eventually
 
 from vlm.cli import run
+from vlm.generation.engine import Engine
 from vlm.saving import save
 
 VLM = str(Path(sys.executable).parent / "vlm")
@@ -91,6 +94,9 @@ def test_wrong_usage_is_one_line(folder, capsys):
         ([folder, "--wait", "0"], "wait is 0"),
         ([folder, "--max-n", "0"], "choices is 0"),
         ([folder, "--length", "100000"], "length is 100000"),
+        ([folder, "--length", "0"], "--length"),
+        ([folder, "--length", "-5"], "--length"),
+        ([folder, "--length", "1"], "--length"),
         ([folder, "--port", "70000"], "65535"),
         (["nowhere"], "nowhere"),
     ):
@@ -98,6 +104,39 @@ def test_wrong_usage_is_one_line(folder, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and error.startswith("error: ") and told in error, error
     taken.close()
+
+
+def test_an_engine_that_fails_ends_the_server_so_that_it_is_started_again(folder, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seen: list[int] = []
+
+    def fail(engine: Engine) -> None:
+        raise RuntimeError("no more")
+
+    def ask_until_heard() -> None:
+        def heard() -> bool:
+            try:
+                ask(f"http://127.0.0.1:{port}").close()
+            except urllib.error.HTTPError as error:
+                seen.append(error.code)
+            except urllib.error.URLError:  # it has not begun to listen
+                return False
+            return True
+
+        eventually(heard)
+        if not ended.wait(20):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Engine, "step", fail)
+    ended = threading.Event()
+    asking = threading.Thread(target=ask_until_heard)
+    asking.start()
+    code = run(["serve", folder, "--port", str(port), "--name", "tiny"])
+    ended.set()
+    asking.join()
+    assert (code, seen) == (1, [500])
+    assert capsys.readouterr().err.endswith("error: the decoding engine has failed; start the server again\n")
 
 
 def test_a_model_that_cannot_generate_is_refused(make_model, make_processor, tmp_path, capsys):

@@ -107,6 +107,12 @@ def test_what_the_others_do_not_hear_of_is_refused(pair, model):
     assert pair.complete("b", max_new_tokens=3) == model.complete("b", max_new_tokens=3)
 
 
+def test_an_explanation_is_refused_before_any_work(pair, make_picture, monkeypatch):
+    monkeypatch.setattr(pair, "generate", None)
+    with pytest.raises(UsageError, match="^explain looks into the layers, which several processes hold; use vlm.load$"):
+        pair.explain(make_picture(0), "What?", samples=60)
+
+
 def test_a_process_holds_one_such_model(pair, folder):
     with pytest.raises(
         UsageError, match="in a process group already and can not hold a model with others; use a new one"

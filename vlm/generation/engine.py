@@ -64,6 +64,8 @@ class Engine:
         limit = model.max_tokens
         if length is not None and limit is not None and length > limit:
             raise UsageError(f"length is {length} and the language model takes {limit} tokens; lower it")
+        if length is not None and length < 2:
+            raise UsageError(f"length is {length} and a prompt and a reply take 2 tokens; raise it")
         self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
         self.most_tokens, self.chunk = length or limit or 2**20, chunk
         self.slots = Slots(text.num_hidden_layers, int8_cache)
@@ -75,7 +77,7 @@ class Engine:
         parameters = inspect.signature(model.language_model.forward).parameters
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         self._picks_logits = "logits_to_keep" in parameters
-        self._weights = self._state_of_weights()
+        self._weights, self._kinds = self._state_of_weights(), self._kinds_of_weights()
 
     # What a caller does
 
@@ -153,6 +155,11 @@ class Engine:
         """Keys and values of text and pictures, all rows."""
         return self.slots.bytes + self.gallery.bytes
 
+    @property
+    def fits(self) -> bool:
+        """Whether the weights are of the types and on the devices that they were made room for."""
+        return self._kinds == self._kinds_of_weights()
+
     # Who comes, and what they show
 
     def _admit(self) -> None:
@@ -173,6 +180,9 @@ class Engine:
         plain = ((weight.data_ptr(), weight._version) for weight in self.model.parameters())
         packed = (layer.packed.number for layer in packed_layers(self.model) if layer.packed)
         return hash((*plain, *packed))
+
+    def _kinds_of_weights(self) -> int:
+        return hash(tuple((weight.dtype, weight.device) for weight in self.model.parameters()))
 
     def _look(self, unseen: Unseen) -> None:
         """Encode pictures, all at once, and hang them where they are wanted."""
@@ -209,6 +219,7 @@ class Engine:
         length = max(len(piece) for piece in pieces)
         starts = [len(row.tokens) for row in rows]
         ends = [start + len(piece) for start, piece in zip(starts, pieces, strict=True)]
+        self.room.reserve(max(ends))
         span = min(-(-max(ends) // SPAN) * SPAN, self.slots.length)
         device = self.model.device
         ids = torch.tensor([piece + [0] * (length - len(piece)) for piece in pieces], device=device)

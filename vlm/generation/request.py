@@ -49,7 +49,8 @@ class Generation:
 
     most: new tokens at most. tokens: new ones so far, without the one that ends it. finish_reason: None while it goes on;
     "stop" (its end was said, or a stop string), "length" (no more tokens were asked for, or there is no room) or "cancelled".
-    reused: prompt tokens that had not to be read again. log_probability: natural, of all tokens and the end.
+    reused: prompt tokens that had not to be read again. log_probability: natural, of all that was said.
+    summed: how many tokens that is of, the end too if it was said.
     search: where there are beams. Nothing can be shown until it is over, for any of them may be the reply.
     """
 
@@ -61,6 +62,7 @@ class Generation:
     finish_reason: str | None = None
     reused: int = 0
     log_probability: float = 0.0
+    summed: int = 0
     search: BeamSearch | None = None
 
     def __post_init__(self) -> None:
@@ -92,13 +94,13 @@ class Generation:
         A reply that was not searched is worth the mean of its tokens' log-probabilities.
         """
         if self.search is None:
-            return [(self.log_probability / (len(self.tokens) + 1), self.text)]
+            return [(self.log_probability / max(1, self.summed), self.text)]
         before, stop = self.prompt.before, self.decoding.stop
         return [(one.score, text_of(self.tokenizer, one.tokens, before, stop)) for one in self.search.hypotheses[:n]]
 
     def add(self, token: int, log_probability: float, ends: bool) -> None:
         """The next token; `ends` says that it ends the reply."""
-        self.log_probability += log_probability
+        self.log_probability, self.summed = self.log_probability + log_probability, self.summed + 1
         if ends:
             self.end("stop")
             return

@@ -22,6 +22,7 @@ from .sight import Gallery
 from .slots import Slots
 
 SPAN = 64  # keys are attended to in multiples of this, so that few shapes occur
+AHEAD = 256  # tokens of a reply that there is room for from the start: most end long before they may say no more
 WORTH_COPYING = 16  # tokens of a prompt that another row has read
 
 Unseen = dict[
@@ -78,6 +79,16 @@ class Room:
         for row in self.rows[self.active :]:
             row.tokens, row.pictures = [], []
 
+    def reserve(self, tokens: int, index: int = 0) -> None:
+        """Room for so many tokens, in each row up to this one; it grows by doubling, up to what there is to be."""
+        rows, length = max(1, self.slots.rows), max(SPAN, self.slots.length)
+        while rows <= index:
+            rows *= 2
+        while length < min(tokens, self.length):
+            length *= 2
+        self.slots.reserve(min(rows, len(self.rows)), min(length, self.length))
+        self.gallery.reserve(self.slots.rows)
+
     # Rows come and go
 
     def place(self, generation: Generation, unseen: Unseen) -> None:
@@ -86,7 +97,7 @@ class Room:
         best, shared = self.likest(prompt)
         goes_on = best >= self.active and shared == len(self.rows[best].tokens)
         target = best if goes_on else self._oldest()
-        self._reserve(target, len(prompt.ids) + generation.most)
+        self.reserve(len(prompt.ids) + min(generation.most, AHEAD), target)
         if target != best and shared >= WORTH_COPYING:
             self.slots.copy([best], [target], 0, shared)
         elif target != best:
@@ -140,7 +151,7 @@ class Room:
     def _open(self, generation: Generation) -> Row:
         """One row more for a request that generates."""
         oldest = self._oldest()
-        self._reserve(oldest)
+        self.reserve(0, oldest)
         row = self.rows[oldest]
         row.generation = generation
         self._swap(oldest, self.active)
@@ -161,16 +172,6 @@ class Room:
 
     def _oldest(self) -> int:
         return min(range(self.active, len(self.rows)), key=lambda index: self.rows[index].freed)
-
-    def _reserve(self, index: int, tokens: int = 0) -> None:
-        """Room for a row and its tokens; it grows by doubling, up to what there is to be."""
-        rows, length = max(1, self.slots.rows), max(SPAN, self.slots.length)
-        while rows <= index:
-            rows *= 2
-        while length < min(tokens, self.length):
-            length *= 2
-        self.slots.reserve(min(rows, len(self.rows)), min(length, self.length))
-        self.gallery.reserve(self.slots.rows)
 
     def _swap(self, one: int, other: int) -> None:
         if one != other:

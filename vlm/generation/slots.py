@@ -34,9 +34,12 @@ class Slots:
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for at least so many rows and positions; what lies there stays."""
-        self.rows, self.length = max(rows, self.rows), max(length, self.length)
+        if rows <= self.rows and length <= self.length:
+            return
+        rows, length = max(rows, self.rows), max(length, self.length)
         for layer in self.layers:
-            layer.reserve(self.rows, self.length + 1)
+            layer.reserve(rows, length + 1)
+        self.rows, self.length = rows, length  # not before there is memory for all of it
 
     def pass_over(self, first: int, positions: Tensor, real: Tensor, span: int) -> Cache:
         """The cache of one forward pass over rows `first`, `first` + 1, …

@@ -25,7 +25,6 @@ from starlette.exceptions import HTTPException
 
 from vlm.api import VLM
 from vlm.machine import usable_cores
-from vlm.together import TogetherVLM
 
 from .gate import Gate
 from .limits import Limits
@@ -87,11 +86,6 @@ class Service:
         self._embedder = copy.copy(vlm)
         self._embedder.processor = copy.deepcopy(vlm.processor)
         self._pool = ThreadPoolExecutor(max(2, usable_cores()), "vlm-prepare")
-
-    @property
-    def together(self) -> bool:
-        """Whether other processes hold the model with this one."""
-        return isinstance(self._embedder, TogetherVLM)
 
     @property
     def lost(self) -> str | None:

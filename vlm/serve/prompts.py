@@ -19,7 +19,6 @@ from .limits import Limits
 from .pictures import picture_bytes
 from .refusals import Refusal
 from .requests import (
-    LARGEST_SEED,
     ChatRequest,
     CompletionRequest,
     EmbeddingRequest,
@@ -31,7 +30,6 @@ from .requests import (
 from .worker import Job
 
 CHARACTERS = 16  # a token; no text comes longer, and what is longer would be slow to find too long
-COOLEST, NARROWEST = 1e-6, 1e-6  # temperature and top_p below which float32 may have no likeliest token any more
 
 
 class Prompts:
@@ -154,15 +152,15 @@ def decoding_of(request: Sampling, new_tokens: int, choice: int) -> Decoding:
     sampling: dict[str, Any] = {}
     if temperature > 0:
         sampling = {
-            "temperature": max(temperature, COOLEST),
+            "temperature": temperature,
             "top_k": request.top_k if request.top_k and request.top_k > 0 else None,
-            "top_p": max(request.top_p, NARROWEST) if request.top_p and request.top_p < 1 else None,
+            "top_p": request.top_p if request.top_p and request.top_p < 1 else None,
             "min_p": request.min_p or None,
         }
     return Decoding(
         max_new_tokens=new_tokens,
         repetition_penalty=request.repetition_penalty or 1.0,
         stop=tuple(stop),
-        seed=None if request.seed is None else (request.seed + choice) % LARGEST_SEED,
+        seed=None if request.seed is None else request.seed + choice,
         **sampling,
     )

@@ -66,10 +66,15 @@ class SystemMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """What the assistant said before."""
+    """What the assistant said before. The rest is what OpenAI's client writes of a reply that it gives back."""
 
     role: Literal["assistant"]
     content: str | list[TextPart]
+    refusal: None = Field(None, description="only null")
+    annotations: None = Field(None, description="only null")
+    audio: None = Field(None, description="only null")
+    function_call: None = Field(None, description="only null")
+    tool_calls: None = Field(None, description="only null")
 
 
 Message = Annotated[UserMessage | SystemMessage | AssistantMessage, Field(discriminator="role")]

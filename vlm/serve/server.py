@@ -1,7 +1,7 @@
 """A service on a port, until a signal ends it. Knows sockets, signals and uvicorn; nothing of what is served.
 
 The first signal ends it gently: what has been asked is answered, what is new gets 503, and the exit code is 0. The second
-ends it at once.
+ends it at once. When what is served is dead it ends by itself, with exit code 1, so that who watches it starts it again.
 """
 
 from __future__ import annotations
@@ -86,13 +86,15 @@ def tell_address(name: str, host: str, listening: socket.socket) -> None:
 
 
 def serve(service: Service, host: str, port: int, api_key: str | None = None) -> None:
-    """Serve until a signal comes. Raises UsageError for a port that is taken, RunError where the server did not start, and
-    where a process that holds the model with this one has died."""
+    """Serve until a signal comes. Raises UsageError for a port that is taken, RunError where the server did not start, where
+    the engine has failed, and where a process that holds the model with this one has died."""
     with bind(host, port) as listening:
-        server = (Mortal if service.together else Server)(service, api_key)
+        server = Mortal(service, api_key)
         tell_address(service.name, host, listening)
         server.run(sockets=[listening])
         if not server.started:
             raise RunError("the server did not start; see above")
         if service.lost is not None:
             raise RunError(service.lost)
+        if service.health()["status"] == "dead":
+            raise RunError("the decoding engine has failed; start the server again")

@@ -27,6 +27,7 @@ from torch import distributed as dist
 
 from vlm.api import VLM
 from vlm.errors import RunError, UsageError
+from vlm.explain import Explanation
 from vlm.generation.engine import Engine
 from vlm.generation.lockstep import LeadingEngine
 from vlm.model import VLMModel
@@ -252,6 +253,10 @@ class TogetherVLM(VLM):
         number = team.number_of(engine)
         with team.turn(Make(number, options)):
             return engine
+
+    def explain(self, image: Any, question: str, **options: Any) -> Explanation:
+        """Raises UsageError: each process sees the attention of its own heads alone."""
+        raise UsageError("explain looks into the layers, which several processes hold; use vlm.load")
 
     fill_mask, match = _shared("fill_mask"), _shared("match")
     loglikelihood, loglikelihood_rolling = _shared("loglikelihood"), _shared("loglikelihood_rolling")
