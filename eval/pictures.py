@@ -6,6 +6,7 @@ what is asked about a picture.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from vlm.images import open_image
 
 Pictures = tuple[Image.Image, ...]
 GREY = (128, 128, 128)
+SHUFFLED = "shuffled"
 
 
 class Pictured(Protocol):
@@ -71,15 +73,27 @@ def blind(samples: Sequence[Pictured], colour: tuple[int, int, int] = GREY) -> L
     )
 
 
-def shuffled(samples: Sequence[Pictured], seed: int = 0) -> Look:
-    """Every sample with the pictures of another one that has as many; with its own only if no other has as many."""
+def shuffled(samples: Sequence[Pictured], seed: int = 0) -> Look | None:
+    """Every sample with the pictures of another one that has as many, and others; equal pictures get the same ones.
+
+    A sample has its own only if no other pictures are as many; None where that is so of all that have any.
+    """
+    first: dict[tuple[Any, ...], int] = {}  # pictures -> the first sample with them
+    alike = [first.setdefault(tuple(map(_same, samples[index].images)), index) for index in range(len(samples))]
     groups: dict[int, list[int]] = {}
-    for index in range(len(samples)):
-        groups.setdefault(len(samples[index].images), []).append(index)
+    for images, index in first.items():
+        groups.setdefault(len(images), []).append(index)
+    if any(groups) and all(len(members) == 1 for members in groups.values()):
+        return None
     other: dict[int, int] = {}
     for members in groups.values():
         other |= dict(zip(members, _one_cycle(members, random.Random(seed)), strict=True))
-    return Look("shuffled", lambda index: other[index], lambda index: _open(samples[index]))
+    return Look(SHUFFLED, lambda index: other[alike[index]], lambda index: _open(samples[index]))
+
+
+def _same(source: Any) -> Any:
+    """What is equal for the same picture; not its bytes, which would all be held."""
+    return hashlib.sha256(source).digest() if isinstance(source, bytes) else source
 
 
 def zero_colour(processor: object) -> tuple[int, int, int]:

@@ -44,7 +44,7 @@ class Settings:
 @dataclass(frozen=True)
 class Job:
     """One task on one set of data: what is asked, and the ways of looking at the pictures. place: what results call the
-    data."""
+    data. unshuffled: it was to be shuffled too, but has no other pictures to show."""
 
     task: Task
     name: str
@@ -52,6 +52,7 @@ class Job:
     data: Path
     items: list[Item]
     looks: list[pictures.Look]
+    unshuffled: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,17 @@ class Plan:
             yield from source.held_out()
 
     def looks(self, samples: Sequence[pictures.Pictured], model: Any) -> list[pictures.Look]:
-        """The ways of looking at samples: true, and as wanted blind and shuffled."""
+        """The ways of looking at samples: true, and as wanted blind and, where there is anything to shuffle, shuffled."""
         looks = [pictures.as_it_is(samples)]
         if self.blind:
             looks.append(pictures.blind(samples, pictures.zero_colour(model.processor)))
-        if self.shuffled:
-            looks.append(pictures.shuffled(samples))
+        if self.shuffled and (look := pictures.shuffled(samples)):
+            looks.append(look)
         return looks
+
+    def lacks_shuffled(self, looks: Sequence[pictures.Look]) -> bool:
+        """Whether these looks are without the shuffled one that was wanted."""
+        return self.shuffled and looks[-1].name != pictures.SHUFFLED
 
 
 class Source(ABC):
@@ -124,7 +129,7 @@ class OnShards(Source):
             items = task.items(self.samples, model.processor.caption_prompt)
             if items:
                 name = f"{task.name}@{self.split}" if self.split else task.name
-                yield Job(task, name, self.split or "main", self.folder, items, looks)
+                yield Job(task, name, self.split or "main", self.folder, items, looks, plan.lacks_shuffled(looks))
             elif not self.split:
                 raise UsageError(
                     f"{self.folder}: no {task.needs} for task {task.name}; give other data or leave the task out"
@@ -149,7 +154,7 @@ class Downloaded(Source):
         items, galleries = self.benchmark.items(self.examples, model.processor.caption_prompt, shots)
         pictured = any(gallery.images for gallery in galleries)
         looks = plan.looks(galleries, model) if pictured else [pictures.as_it_is(galleries)]
-        yield Job(self.benchmark, name, name, folder, items, looks)
+        yield Job(self.benchmark, name, name, folder, items, looks, pictured and plan.lacks_shuffled(looks))
 
     def held_out(self) -> Iterator[HeldOut]:
         yield (

@@ -348,7 +348,7 @@ def glossary(run: RunRecord) -> str:
         "blind": "The picture is replaced by one of the same size in a single colour"
         + (f", {tuple(colour)} in red, green and blue," if colour else "")
         + " which the model’s normalisation turns into zeros.",
-        "shuffled": "The picture is exchanged for another sample’s; no sample keeps its own.",
+        "shuffled": "The picture is exchanged for another one, of another sample; left out where there is no other.",
         "attributes": "Size, colour and shape words of a caption, held against the things in the picture in the order that fits "
         "best; missing and invented things count as wrong.",
         "R@k": "Retrieval: how often the right partner is among the k nearest of all candidates. Where several pictures share "

@@ -98,12 +98,31 @@ def digest(value: Any) -> str:
 
 
 def _checksum(model: torch.nn.Module) -> int:
-    """One number for all weights, bit by bit."""
+    """One number for all weights, bit by bit, brought back from whatever layout they are in, one module's at a time."""
     total = 0
-    for parameter in model.parameters():
-        data = parameter.detach().cpu().reshape(-1).contiguous().view(torch.uint8)
-        total = zlib.crc32(data.numpy().tobytes(), total)
+    for place, module in model.named_modules():
+        for name, value in _held(module).items():
+            total = zlib.crc32(f"{place}.{name}".encode(), total)
+            total = zlib.crc32(_bits(value), total)
     return total
+
+
+def _held(module: torch.nn.Module) -> dict[str, Any]:
+    """What a module adds to a state dict, by name."""
+    held: dict[str, Any] = {}
+    if isinstance(packed := getattr(module, "packed", None), torch.Tensor):
+        # int4: bringing it back takes a third of a microsecond a weight, and equal weights are packed equally.
+        held |= module.named_parameters(recurse=False)
+        held |= module.named_buffers(recurse=False)
+        return held | {"packed": packed}
+    module._save_to_state_dict(held, "", keep_vars=False)
+    return held
+
+
+def _bits(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return repr(value).encode()
+    return value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy()
 
 
 def _packed(answer: Any) -> Any:

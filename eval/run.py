@@ -203,6 +203,7 @@ def _results(named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], p
         "data": {job.place: str(job.data.resolve()) for job in jobs},
         "limit": plan.limit,
         "settings": plan.settings.changed(),
+        "unshuffled": [job.name for job in jobs if job.unshuffled],
         "blind_colour": pictures.zero_colour(model.processor),
         "tasks": {outcome.name: outcome.metrics() for outcome in outcomes},
         "gates": {key: list(pair) for key, pair in model.model.gates().items()},
@@ -248,6 +249,8 @@ def summary(results: dict[str, Any]) -> str:
             continue
         cells = [f"{name}: {headline} {_shown(metrics[headline])}"]
         cells += [f"{look} {_shown(metrics[look][headline])}" for look in ("blind", "shuffled") if look in metrics]
+        if name in results["unshuffled"]:
+            cells.append("not shuffled: there are no other pictures")
         lines.append("  ".join([*cells, f"(n = {metrics['n']})"]))
     return "\n".join(lines)
 

@@ -59,7 +59,7 @@ class Share:
 def in_processes(work: Callable[..., Result], processes: int, *arguments: Any, mend: str) -> list[Result]:
     """What `work(*arguments, share)` returns in each of so many new processes, in their order.
 
-    Raises the first failure, and RunError with `mend` where a process was killed.
+    Raises the first failure, and RunError with `mend` where a process was killed; the others are ended then.
     """
     # A process is used once: it has taken its cores for good.
     with ProcessPoolExecutor(processes, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -69,4 +69,13 @@ def in_processes(work: Callable[..., Result], processes: int, *arguments: Any, m
                 one.result()
         except BrokenProcessPool:
             raise RunError(f"one of {processes} processes was killed; {mend}") from None
+        except BaseException:
+            _end(pool)
+            raise
     return [one.result() for one in running]
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    """End its processes: leaving a pool waits for all that they were given."""
+    for process in list(pool._processes.values()):  # `terminate_workers` of Python 3.14
+        process.terminate()

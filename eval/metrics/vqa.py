@@ -12,6 +12,9 @@ https://visualqa.org/evaluation.html; earlier ones clean human answers of punctu
 
 Mode `lmms` is held to lmms-eval 0.7 (`tasks/vqav2/utils.py`): prediction and human answers are always normalised, and
 several commas between two digits count as one does; else it is the same.
+
+`evalai` is held to MMF's `EvalAIAnswerProcessor`, which TextVQA is scored with (Singh et al. 2019) and lmms-eval has too: in
+front of the same normalisation, commas and question marks vanish and a space comes before 's.
 """
 
 from __future__ import annotations
@@ -66,6 +69,11 @@ def normalize(text: str, mode: Mode = "official") -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+def evalai(text: str) -> str:
+    """The normalisation of TextVQA, of an answer that need not be clean."""
+    return normalize(clean(text.lower().replace(",", "").replace("?", "").replace("'s", " 's")))
+
+
 def exact_match(prediction: str, answer: str) -> float:
     """1.0 if both are the same after the official normalisation, else 0.0: the score where there is one answer only."""
     return float(normalize(clean(prediction)) == normalize(clean(answer)))
@@ -79,21 +87,32 @@ def question_accuracy(
     `answers` are the annotation's entries (`{"answer": …, "answer_id": …, …}`), or plain strings, each its own entry.
     The mean, over the people, of min(1, how many of the others said the same / 3). Raises ValueError without answers.
     """
-    if not answers:
-        raise ValueError("no human answers to compare with")
     given = [clean(a if isinstance(a, str) else a["answer"]) for a in answers]
     prediction = clean(prediction)
     if mode == "lmms" or len(set(given)) > 1:
         given = [normalize(answer, mode) for answer in given]
         prediction = normalize(prediction, mode)
     hits = [answer == prediction for answer in given]
-    shares = [min(1.0, (sum(hits) - alike) / 3) for alike in _hits_that_are_no_others(answers, given, hits)]
+    return _mean_share(sum(hits), _hits_that_are_no_others(answers, given, hits))
+
+
+def agreement(prediction: str, answers: Sequence[str]) -> float:
+    """`question_accuracy` of texts that are compared as they are, however they were normalised."""
+    hits = [answer == prediction for answer in answers]
+    return _mean_share(sum(hits), [int(hit) for hit in hits])
+
+
+def _mean_share(hits: int, no_others: Sequence[int]) -> float:
+    """hits: how many people said the same. no_others: for each of the people how many of those are not "the others"."""
+    if not no_others:
+        raise ValueError("no human answers to compare with")
+    shares = [min(1.0, (hits - alike) / 3) for alike in no_others]
     return sum(shares) / len(shares)
 
 
 def _hits_that_are_no_others(answers: Sequence[Any], given: list[str], hits: list[bool]) -> list[int]:
     """For each entry how many of the matching ones equal it, itself among them: those are not "the others"."""
-    if isinstance(answers[0], str) or len({entry.get("answer_id") for entry in answers}) == len(answers):
+    if not answers or isinstance(answers[0], str) or len({entry.get("answer_id") for entry in answers}) == len(answers):
         return [int(hit) for hit in hits]
     entries = [{**entry, "answer": answer} for entry, answer in zip(answers, given, strict=True)]
     return [sum(hit for hit, other in zip(hits, entries, strict=True) if other == entry) for entry in entries]

@@ -17,22 +17,33 @@ from .base import Choosing, Item, Scored, Writing, letter
 from .benchmark import Example, Way
 
 PROMPT = "{context}{question}\n{options}\nAnswer with the option's letter from the given choices directly."
-_ALONE = re.compile(r"\(?([A-Z])\)?[.:,)]?(?:\s*$|(?<=[.:)])\s)")
-_TOLD = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*\(?([A-Z])\b", re.IGNORECASE)
+_WHOLE = re.compile(r"\(?([A-Z])\)?[.:,)]?")
+_OPENING = re.compile(r"\(?([A-Z])[.:)]{1,2}\s")
+_TOLD = re.compile(r"\b(?i:answer|option|choice)(?i:\s+is)?\s*:?\s*\(?([A-Z])\b")
+_ARTICLE = re.compile(r"A\s+\w")
 
 
 def letter_of(reply: str, options: Sequence[str]) -> str:
-    """The letter that a reply picks: of the option it repeats, which it opens with ("B", "(B)", "B. a cat"), which it
-    names ("the answer is B"), or of the only option whose text is in it; "" where it picks none."""
+    """The letter that a reply picks: which it is ("B", "(B)"), of the option it repeats, which it opens with ("B. a cat"),
+    which it names ("the answer is B"), or of the only option whose text is in it; "" where it picks none.
+
+    As in `can_infer` of MMBench's own evaluation (Liu et al. 2024), letters are capitals, and an A before another word may be
+    an article: "the answer is A dog" names A only where not exactly one option's text is in it.
+    """
     letters = [letter(place) for place in range(len(options))]
+    reply = reply.strip()
     said, texts = _plain(reply), [_plain(option) for option in options]
+    whole, told = _WHOLE.fullmatch(reply), _TOLD.search(reply)
+    inside = [place for place, text in enumerate(texts) if re.search(rf"\b{re.escape(text)}\b", said)]
+    only = letters[inside[0]] if len(inside) == 1 else ""
+    if whole and whole[1] in letters:
+        return whole[1]
     if said in texts:
         return letters[texts.index(said)]
-    for found in (_ALONE.match(reply.strip()), _TOLD.search(reply)):
-        if found and found[1].upper() in letters:
-            return found[1].upper()
-    inside = [place for place, text in enumerate(texts) if re.search(rf"\b{re.escape(text)}\b", said)]
-    return letters[inside[0]] if len(inside) == 1 else ""
+    if only and told and _ARTICLE.match(reply, told.start(1)):
+        told = None
+    named = (found[1] for found in (_OPENING.match(reply), told) if found)
+    return next((one for one in named if one in letters), only)
 
 
 def _plain(text: str) -> str:

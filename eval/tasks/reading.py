@@ -64,7 +64,8 @@ def read_json(path: Path) -> Any:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A file with one JSON object a line."""
-    lines = _read(path, lambda: path.read_text("utf-8-sig").splitlines(), "text")
+    # Not `splitlines`: in a string of JSON there may be line separators of Unicode, which it takes for line ends.
+    lines = _read(path, lambda: path.read_text("utf-8-sig").split("\n"), "text")
     return _read(path, lambda: [json.loads(line) for line in lines if line.strip()], "JSON lines")
 
 

@@ -12,8 +12,9 @@ Knows these layouts:
 * `vizwiz`, https://vizwiz.org/tasks-and-datasets/vqa/: Annotations/val.json, or val.json, and val/VizWiz_val_….jpg; train
   alike.
 
-VQAv2 and OK-VQA print the official table, percentages to two decimals. TextVQA and VizWiz always normalise prediction
-and answers, as their own evaluations do; their accuracy is in [0, 1].
+VQAv2 and OK-VQA print the official table, percentages to two decimals. The accuracy of the others is in [0, 1]. TextVQA always
+normalises prediction and answers, as MMF does (`evalai`). VizWiz normalises the prediction alone, as VQA does, and takes the
+answers as they are published: so does `VQAEval` of its own API, but for the typographic apostrophes in its contractions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..metrics.vqa import question_accuracy, vqa_accuracy
+from ..metrics.vqa import agreement, clean, evalai, normalize, question_accuracy, vqa_accuracy
 from .base import Item, Scored
 from .benchmark import Benchmark, Example, written
 from .choosing import mean, mean_by
@@ -81,12 +82,17 @@ def _read_vizwiz(folder: Path, split: str) -> Iterator[Example]:
         yield Example(place, (picture,), entry["question"], answers, type=entry["answer_type"])
 
 
-def _always_normalised(items: Sequence[Item], answers: Sequence[str]) -> Scored:
-    scores = [question_accuracy(said, item.references, "lmms") for item, said in zip(items, answers, strict=True)]
-    metrics: dict[str, Any] = {"accuracy": mean(scores)}
-    if any(item.type for item in items):
-        metrics["accuracy_by_type"] = mean_by([item.type or "untyped" for item in items], scores)
-    return Scored(metrics, answers, scores)
+def _textvqa_metric(items: Sequence[Item], answers: Sequence[str]) -> Scored:
+    pairs = zip(items, answers, strict=True)
+    scores = [agreement(evalai(said), [evalai(one) for one in item.references]) for item, said in pairs]
+    return Scored({"accuracy": mean(scores)}, answers, scores)
+
+
+def _vizwiz_metric(items: Sequence[Item], answers: Sequence[str]) -> Scored:
+    pairs = zip(items, answers, strict=True)
+    scores = [agreement(normalize(clean(said)), item.references) for item, said in pairs]
+    by_type = mean_by([item.type or "untyped" for item in items], scores)
+    return Scored({"accuracy": mean(scores), "accuracy_by_type": by_type}, answers, scores)
 
 
 def _vizwiz_submitted(item: Item, answer: str) -> dict[str, Any]:
@@ -144,7 +150,7 @@ TEXTVQA = Benchmark(
     read=partial(_read_textvqa, split="val"),
     train=partial(_read_textvqa, split="train"),
     ways=written(SHORT, 16),
-    metric=_always_normalised,
+    metric=_textvqa_metric,
     submission=_submitted,
 )
 VIZWIZ = replace(
@@ -153,6 +159,7 @@ VIZWIZ = replace(
     read=partial(_read_vizwiz, split="val"),
     train=partial(_read_vizwiz, split="train"),
     ways=written(UNANSWERABLE, 16),
+    metric=_vizwiz_metric,
     submission=_vizwiz_submitted,
 )
 BENCHMARKS = (VQAV2, VQAV2_TESTDEV, OKVQA, TEXTVQA, VIZWIZ)

@@ -87,7 +87,7 @@ def _read_mme(folder: Path) -> Iterator[Example]:
             raise UsageError(f"{folder / name}: 0 questions (.txt) are in it; finish the download")
         for path in texts:
             picture = _mme_picture(shown if shown.is_dir() else folder / name, path.stem)
-            for place, line in enumerate(path.read_text("utf-8").strip().splitlines()):
+            for place, line in enumerate(path.read_text("utf-8").strip().split("\n")):
                 question, right = line.rsplit("\t", 1)
                 identity = f"{name}/{path.stem}/{place}"
                 yield Example(

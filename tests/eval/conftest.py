@@ -44,8 +44,13 @@ class Puppet:
     ) -> None:
         self.reply, self.weigh = reply, weigh
         self.processor = SimpleNamespace(caption_prompt="Describe.", image_processor=SimpleNamespace(mean=[0.502] * 3))
+        weights = torch.nn.ParameterList([torch.zeros(3)])
         self.model = SimpleNamespace(
-            name_or_path="puppet", gates=dict, parameters=lambda: [torch.zeros(3)], modules=list
+            name_or_path="puppet",
+            gates=dict,
+            parameters=weights.parameters,
+            named_modules=weights.named_modules,
+            modules=list,
         )
         self.conversations: list[Any] = []
         self.vectors: dict[Any, np.ndarray] = {}

@@ -41,6 +41,43 @@ def test_the_letter_is_read_off_a_reply(reply: str, picked: str) -> None:
     assert letter_of(reply, ("a cat", "a dog", "two cows")) == picked
 
 
+@pytest.mark.parametrize("reply", ["{}", "({})", "{}.", "{}:", "The answer is {}", "({}) {text}", "{}. {text}"])
+@pytest.mark.parametrize("texts", ["EDCA", "BADC", "DEAB"])
+def test_a_letter_that_is_also_the_text_of_another_option_is_a_letter(reply: str, texts: str) -> None:
+    said = [reply.format(letter, text=text) for letter, text in zip("ABCD", texts, strict=True)]
+    assert [letter_of(one, texts) for one in said] == list("ABCD")
+
+
+def test_a_letter_that_no_option_bears_is_the_text_of_one() -> None:
+    assert letter_of("E", "EDCA") == letter_of("E.", "EDCA") == "A"
+
+
+@pytest.mark.parametrize("word", ["cat", "bird", "dog"])
+@pytest.mark.parametrize("article", ["", "a "])
+@pytest.mark.parametrize(
+    "reply", ["The answer is a {}.", "The answer is A {}", "ANSWER: A {}", "the correct answer is a {}", "It is a {}"]
+)
+def test_an_article_is_no_letter(reply: str, article: str, word: str) -> None:
+    texts = [f"{article}{one}" for one in ("cat", "bird", "dog")]
+    assert letter_of(reply.format(word), texts) == "ABC"[["cat", "bird", "dog"].index(word)]
+
+
+@pytest.mark.parametrize(
+    ("reply", "picked"),
+    [
+        ("The answer is B because no dog is there", "B"),
+        ("The Answer Is (A), not a dog", "A"),
+        ("OPTION C", "C"),
+        ("The answer is A because it is red", "A"),
+        ("The answer is a red thing", ""),
+        ("The answer is a dog, option A", "A"),
+        ("The answer is c", ""),
+    ],
+)
+def test_a_capital_that_is_told_is_a_letter(reply: str, picked: str) -> None:
+    assert letter_of(reply, ("a cat", "a bird", "a dog")) == picked
+
+
 @pytest.fixture
 def mmbench(tmp_path: Path, picture):
     """Three questions, the last on the picture of the first."""

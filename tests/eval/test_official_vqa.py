@@ -117,15 +117,17 @@ def test_textvqa_always_normalises(tmp_path: Path, picture, as_json, run_task, p
     entries = [
         {"question_id": 1, "image_id": "ab", "question": "Brand?", "answers": ["the nokia"] * 10},
         {"question_id": 2, "image_id": "cd", "question": "Time?", "answers": ["10:30"] * 2 + ["ten"] * 8},
+        {"question_id": 3, "image_id": "ef", "question": "Shop?", "answers": ["mcdonald's"] * 4 + ["mcdonalds"] * 6},
     ]
     as_json(tmp_path / "data" / "TextVQA_0.5.1_val.json", {"data": entries})
-    for name, number in (("ab", 1), ("cd", 2)):
+    for name, number in (("ab", 1), ("cd", 2), ("ef", 3)):
         picture(tmp_path / "data" / "train_images" / f"{name}.jpg", number)
-    metrics = run_task(puppet(lambda numbers, prompt: {1: "Nokia", 2: "10"}[numbers[0]]), "textvqa", tmp_path / "data")
-    # Unanimous answers are normalised too; "ten" is 10, said by eight.
+    said = {1: "Nokia", 2: "10", 3: "McDonald 's"}
+    metrics = run_task(puppet(lambda numbers, prompt: said[numbers[0]]), "textvqa", tmp_path / "data")
+    # Unanimous answers are normalised too; "ten" is 10, said by eight; four write 's as it is written apart.
     assert metrics["accuracy"] == pytest.approx(1.0)
     official = json.loads((tmp_path / "out" / "textvqa_results.json").read_text())
-    assert official == [{"question_id": 1, "answer": "Nokia"}, {"question_id": 2, "answer": "10"}]
+    assert official == [{"question_id": number, "answer": answer} for number, answer in said.items()]
 
 
 def test_vizwiz_by_answer_type(tmp_path: Path, picture, as_json, run_task, puppet) -> None:
@@ -136,15 +138,17 @@ def test_vizwiz_by_answer_type(tmp_path: Path, picture, as_json, run_task, puppe
     entries = [
         entry("VizWiz_val_0.jpg", ["unanswerable"] * 10, "unanswerable"),
         entry("VizWiz_val_1.jpg", ["can", "can", *["soup"] * 8], "other"),
+        entry("VizWiz_val_2.jpg", ["a pen"] * 10, "other"),
     ]
     as_json(tmp_path / "data" / "Annotations" / "val.json", entries)
-    for number in (1, 2):
+    for number in (1, 2, 3):
         picture(tmp_path / "data" / "val" / f"VizWiz_val_{number - 1}.jpg", number)
-    reply = lambda numbers, prompt: {1: "Unanswerable", 2: "can"}[numbers[0]]  # noqa: E731
-    metrics = run_task(puppet(reply), "vizwiz", tmp_path / "data")
+    said = {1: "Unanswerable.", 2: "can", 3: "a pen"}
+    metrics = run_task(puppet(lambda numbers, prompt: said[numbers[0]]), "vizwiz", tmp_path / "data")
+    # Predictions lose their article, answers do not.
     can = (2 * 1 / 3 + 8 * 2 / 3) / 10
-    assert metrics["accuracy_by_type"] == pytest.approx({"unanswerable": 1.0, "other": can})
-    assert metrics["accuracy"] == pytest.approx((1 + can) / 2)
+    assert metrics["accuracy_by_type"] == pytest.approx({"unanswerable": 1.0, "other": can / 2})
+    assert metrics["accuracy"] == pytest.approx((1 + can) / 3)
     official = json.loads((tmp_path / "out" / "vizwiz_results.json").read_text())
     assert official[1] == {"image": "VizWiz_val_1.jpg", "answer": "can"}
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from vlm.errors import UsageError
+from vlm.eval.tasks import TASKS
+from vlm.eval.tasks.reading import read_lines
 from vlm.eval.tasks.yes_no import COGNITION, PERCEPTION, POPE_SETS, _pope_answers, yes_or_no
 
 
@@ -39,6 +41,14 @@ def test_pope_by_set(tmp_path: Path, picture, run_task, puppet) -> None:
     # Of all twelve: yes is said eight times, five of them right, of six.
     assert metrics["f1"] == pytest.approx(2 * (5 / 8) * (5 / 6) / (5 / 8 + 5 / 6))
     assert metrics["accuracy"] == pytest.approx(8 / 12)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_json_ends_at_a_line_break_alone(end: str, tmp_path: Path) -> None:
+    entries = [{"text": f"a{mark}b"} for mark in "\u2028\u2029\x85\x0c\n "]
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    (tmp_path / "lines.jsonl").write_bytes((end.join(lines) + end + end).encode("utf-8-sig"))
+    assert read_lines(tmp_path / "lines.jsonl") == entries
 
 
 def test_replies_are_read_as_the_scripts_read_them() -> None:
@@ -75,6 +85,16 @@ def test_mme_has_accuracy_plus_and_sums(mme: Path, run_task, puppet) -> None:
     assert metrics["subtasks"]["OCR"] == {"accuracy": 75.0, "accuracy_plus": 50.0, "score": 125.0}
     assert (metrics["perception"], metrics["cognition"], metrics["score"]) == (1250.0, 500.0, 1750.0)
     assert metrics["n"] == 14 * 4
+
+
+def test_a_question_of_mme_may_hold_a_line_separator(mme: Path) -> None:
+    (path,) = mme.glob("OCR/**/p2.txt")
+    path.write_text("Is it\u2028a\x85dog?\tYes\r\nIs it a cat?\tNo\r\n", "utf-8")
+    asked = [one for one in TASKS["mme"].examples(mme) if one.id.startswith("OCR/p2/")]
+    assert [(one.question, one.answers) for one in asked] == [
+        ("Is it\u2028a\x85dog?", ("yes",)),
+        ("Is it a cat?", ("no",)),
+    ]
 
 
 def test_mme_without_a_subtask_has_no_score(mme: Path, run_task, puppet, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,15 @@ import torch
 from PIL import Image
 from seeing import ALL, SeeingModel, write_pictures
 
+from vlm import packed_linear
 from vlm.errors import UsageError
 from vlm.eval.plan import Plan
+from vlm.eval.resume import Kept
 from vlm.eval.run import answer, evaluate
+from vlm.packed_linear import lay_out
 from vlm.processes import Share
+from vlm.quantization import quantize
+from vlm.saving import save
 
 
 class Killed(BaseException):
@@ -34,6 +40,10 @@ def killed_after(questions: int, model: SeeingModel, monkeypatch: pytest.MonkeyP
             yield told
 
     monkeypatch.setattr(model, "generate_each", generate_each)
+
+
+def killed(*arguments: Any) -> None:
+    raise Killed
 
 
 def scores(results: dict[str, Any]) -> Any:
@@ -68,13 +78,54 @@ def test_answers_to_something_else_are_not_taken(change: str, model: SeeingModel
             evaluate(model, ["vqa"], data, out, batch=3)
     other = SeeingModel()
     if change == "weights":
-        other.model.parameters = lambda: [torch.ones(3)]
+        torch.nn.init.ones_(other.weights[0])
     data = write_pictures(tmp_path / "other") if change == "data" else data
     options = {"batch": {"batch": 4}, "limit": {"limit": 7}}.get(change, {})
     evaluate(other, ["vqa"], data, out, **{"batch": 3} | options)
     alone = SeeingModel()
     evaluate(alone, ["vqa"], data, **{"batch": 3} | options)
     assert other.asked == alone.asked
+
+
+def test_other_weights_are_told_apart_however_they_are_kept(make_model, monkeypatch) -> None:
+    monkeypatch.setattr(packed_linear, "LEAST_WEIGHTS", 1)
+
+    def weights(at_once: int = 0, scheme: str | None = None, more: float = 0.0) -> int:
+        model = make_model(gate_init=1.0)
+        with torch.no_grad():
+            model.language_model.model.layers[0].mlp.up_proj.weight[0] += more
+        if scheme:
+            quantize(model, scheme)
+        if at_once:
+            lay_out(at_once, model.language_model, model.adapters)
+        return Kept.of(Path("answers"), SimpleNamespace(model=model)).weights
+
+    kinds = {(more, scheme): weights(0, scheme, more) for more in (0, 1) for scheme in (None, "int8", "int4")}
+    assert len(set(kinds.values())) == 6, "in one linear layer is a difference enough"
+    for (more, scheme), found in kinds.items():
+        assert found == weights(1, scheme, more) == weights(64, scheme, more), "another layout is no other model"
+
+
+def test_an_int4_model_does_not_go_on_with_the_answers_of_an_int8_one(
+    tmp_path: Path, make_model, make_processor, monkeypatch
+) -> None:
+    (tmp_path / "data.txt").write_text("hello there " * 20)
+    for scheme in ("int8", "int4"):
+        model = make_model(gate_init=1.0)
+        quantize(model, scheme)
+        save(model, make_processor(), tmp_path / scheme)
+
+    def evaluated(scheme: str, out: str) -> Any:
+        return scores(evaluate(tmp_path / scheme, ["text"], tmp_path / "data.txt", tmp_path / out))
+
+    straight = {scheme: evaluated(scheme, f"{scheme}-out") for scheme in ("int8", "int4")}
+    assert straight["int8"] != straight["int4"]
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.eval.run._write", killed)
+        with pytest.raises(Killed):
+            evaluated("int8", "out")
+    assert (tmp_path / ".out.answers").is_dir()
+    assert evaluated("int4", "out") == straight["int4"]
 
 
 def test_embeddings_are_kept_too(model: SeeingModel, tmp_path: Path, monkeypatch) -> None:
@@ -93,7 +144,7 @@ def test_embeddings_are_kept_too(model: SeeingModel, tmp_path: Path, monkeypatch
     with pytest.raises(Killed):
         evaluate(model, ["retrieval"], data, out, batch=2)
     assert scores(evaluate(model, ["retrieval"], data, out, batch=2)) == scores(straight)
-    assert shown == [2, 2, 2, 0, 2, 1, 2, 2, 2, 2], "8 pictures, one blank, 8 of others: the first three parts once"
+    assert shown == [2, 2, 2, 0, 2, 1, 2, 2], "8 pictures, one blank, 4 that differ: the first three parts once"
 
 
 def test_several_processes_give_the_results_of_one(tmp_path: Path, make_model, make_processor) -> None:

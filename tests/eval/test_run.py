@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -95,6 +96,40 @@ def test_shuffled_gives_every_sample_another_ones_pictures() -> None:
     assert all(given[i] != i for i in range(12))
     assert all(len(samples[i].images) == len(samples[given[i]].images) for i in range(13))
     assert given[12] == 12  # nobody else has three
+
+
+def test_shuffled_shows_no_sample_its_own_picture_again() -> None:
+    repeated = [place for place in range(6) for _ in range(4)]  # a line a question: four on each of six pictures
+    samples = [Sample(str(i), (png((place, 0, 0)),)) for i, place in enumerate(repeated)]
+    for seed in range(20):
+        look = pictures.shuffled(samples, seed)
+        given = [look.key(i) for i in range(len(samples))]
+        assert all(samples[other].images != samples[i].images for i, other in enumerate(given))
+        assert len(set(given)) == 6 and {repeated[other] for other in given} == set(range(6)), "each is encoded once"
+        assert given == [pictures.shuffled(samples, seed).key(i) for i in range(len(samples))]
+
+
+def test_shuffled_takes_a_picture_for_what_it_is_wherever_it_is_kept() -> None:
+    path, made = Path("a.png"), functools.partial(png, (1, 0, 0))
+    kept = [(source(),) for source in (lambda: path, lambda: made, lambda: png((2, 0, 0))) for _ in range(2)]
+    kept += [(path, made), (path, path)]
+    galleries = [pictures.Gallery(str(i), images) for i, images in enumerate(kept)]
+    look = pictures.shuffled(galleries)
+    assert all(kept[look.key(i)] != kept[i] and len(kept[look.key(i)]) == len(kept[i]) for i in range(len(kept)))
+
+
+def test_where_all_pictures_are_the_same_none_is_shuffled_and_that_is_told(model: SeeingModel, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "data") as writer:
+        for key in "ab":
+            fields = {"question": "What colour?", "answer": "red"}
+            writer.write(key, {"png": png(COLOURS["red"]), "json": json.dumps(fields).encode()})
+    assert pictures.shuffled(samples_of((2,))) is None and pictures.shuffled(samples_of((), ())) is not None
+    results = evaluate(model, ["vqa"], tmp_path / "data", tmp_path / "out")
+    assert results["unshuffled"] == ["vqa"] and "shuffled" not in results["tasks"]["vqa"]
+    line = "vqa: accuracy 1.000  blind 0.000  not shuffled: there are no other pictures  (n = 2)"
+    assert summary(results) == line
+    results = evaluate(model, ["vqa"], tmp_path / "data", shuffled=False)
+    assert results["unshuffled"] == [] and "shuffled" not in summary(results)
 
 
 def test_blind_pictures_have_the_size_and_one_colour() -> None:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
+import string
 from pathlib import Path
 
 import pytest
 
-from vlm.eval.metrics.vqa import CONTRACTIONS, exact_match, normalize, question_accuracy, vqa_accuracy
+from vlm.eval.metrics.vqa import (
+    CONTRACTIONS,
+    agreement,
+    evalai,
+    exact_match,
+    normalize,
+    question_accuracy,
+    vqa_accuracy,
+)
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN = json.loads((GOLDENS / "vqa.json").read_text("utf-8"))
@@ -82,6 +92,50 @@ def test_entries_without_ids_exclude_their_equals() -> None:
 )
 def test_normalisation(text: str, normal: str) -> None:
     assert normalize(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("red, blue", "red blue"),
+        ("1,000", "1000"),
+        ("red,blue", "redblue"),
+        ("What?is it?", "whatis it"),
+        ("McDonald's", "mcdonald 's"),
+        ("men's", "men 's"),
+        ("It's the 's", "it 's 's"),
+        ("the Nokia.", "nokia"),
+        ("10:30", "10:30"),
+        ("let's", "let 's"),
+    ],
+)
+def test_normalisation_of_textvqa(text: str, normal: str) -> None:
+    assert evalai(text) == normal
+
+
+def odd_texts(count: int) -> list[str]:
+    """Words, number words, contractions and marks in any order."""
+    rng = random.Random(0)
+    words = [*CONTRACTIONS, *CONTRACTIONS.values(), *"none Two a An THE 1 2,5 3. dog's İ ß".split()]
+    marks = [*string.punctuation, *" \t\n\r", "", "", "'s", "\u2028", "’"]
+    return ["".join(rng.choice(words) + rng.choice(marks) for _ in range(rng.randrange(6))) for _ in range(count)]
+
+
+def test_textvqa_is_normalised_as_by_the_processor_that_lmms_eval_has_of_mmf() -> None:
+    metric = pytest.importorskip("lmms_eval.tasks._task_utils.vqa_eval_metric", reason="lmms-eval is not installed")
+    theirs = metric.EvalAIAnswerProcessor()
+    said = [answer["answer"] for annotation in MANY["annotations"] for answer in annotation["answers"]]
+    texts = dict.fromkeys([*said, *(one["answer"] for one in MANY["results"]), *odd_texts(20_000)])
+    assert len(texts) > 20_000
+    assert {text: evalai(text) for text in texts} == {text: theirs(text) for text in texts}
+
+
+def test_agreement_compares_texts_as_they_are() -> None:
+    assert agreement("red", ["red"] * 4 + ["Red"] * 6) == 1.0
+    assert agreement("Red", ["red"] * 10) == 0.0
+    assert agreement("red", ["red", "red", "blue"]) == pytest.approx((1 / 3 + 1 / 3 + 2 / 3) / 3)
+    with pytest.raises(ValueError, match="no human answers"):
+        agreement("red", [])
 
 
 def test_contractions_only_add_apostrophes() -> None:

@@ -33,8 +33,13 @@ class SeeingModel:
 
     def __init__(self) -> None:
         self.processor = SimpleNamespace(caption_prompt=PROMPT, image_processor=SimpleNamespace(mean=[0.5, 0.5, 0.5]))
+        self.weights = torch.nn.ParameterList([torch.zeros(3)])
         self.model = SimpleNamespace(
-            name_or_path="seeing", gates=lambda: {"0": (0.5, 0.25)}, parameters=lambda: [torch.zeros(3)], modules=list
+            name_or_path="seeing",
+            gates=lambda: {"0": (0.5, 0.25)},
+            parameters=self.weights.parameters,
+            named_modules=self.weights.named_modules,
+            modules=list,
         )
         self.asked: Counter[tuple[bytes, str]] = Counter()
         self.questions: list[int] = []  # the batch that each was asked in
