@@ -7,6 +7,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Python compiles what is imported, once; pip would compile thirty thousand files that nobody does.
+unexport PYTHONDONTWRITEBYTECODE
 MINUTES ?= 8
 OUT ?= runs/demo
 SCENES ?= runs/scenes
@@ -26,10 +28,10 @@ $(STAMP): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no python3 of 3.11 or newer is on the PATH; install one, or make PYTHON=…" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@# Python compiles what it imports, a small part of what comes along.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	@# Its own dependencies are forty packages that no test needs.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'lmms-eval>=0.7,<0.8'
+	@$(BIN)/python -c 'import vlm.cli, vlm.train.loop, vlm.eval.run' 2>/dev/null
 	@touch $@
 
 demo: $(STAMP)
@@ -41,9 +43,10 @@ demo: $(STAMP)
 	$(BIN)/vlm report $(OUT)
 
 # A worker that dies ends the run, and its test is named: with another in its place pytest-xdist may wait for ever
-# (its issue 1378).
+# (its issue 1378). Files in their own order, or those of one long test would come last, each with a core to itself.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --max-worker-restart 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		--max-worker-restart 0
 
 heavy: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy

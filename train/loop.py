@@ -95,32 +95,39 @@ def train(config: Config, resume: bool = False, command: str | None = None) -> P
     else:
         checkpoints.check_place()
         model, processor = build(config)
-    check_model(model, config.tensor_parallel)
-    for stage in config.stages:
-        deepspeed_config(config, stage, data_ranks(), family_of(model))
-    check_quantized(config, model)
-    check_stages(config.stages, model, progress.stage)
+    check_from_here(config, data, model, processor, progress)
     log = RunLog(out, is_main(), append=resume, boards=config.log)
     run = Run(config, data, processor, log, checkpoints, StopSignal())
-    data.check(model, processor)
     if not resume:
         checkpoints.clear()
     with log, run.stop, compilation(config, log):
         if is_main():
             with atomic_write(out / "config.yaml", "w") as file:
                 file.write(annotated_yaml(config))
-            if not resume:
-                checkpoints.save_start(model, processor, progress)
         told = environment()
         log.event("started", command=command or told["command"], processes=dist.get_world_size(), environment=told)
         if resume:
             log.event("resumed", stage=progress.stage, step=progress.step)
+        elif is_main():
+            checkpoints.save_start(model, processor, progress)
         while progress.stage < len(config.stages):
             run_stage(run, model, progress, folder)
             progress, folder = Progress(progress.stage + 1), None
             if progress.stage < len(config.stages):
                 model, run.processor = checkpoints.read_start(progress.stage)
     return out / "model"
+
+
+def check_from_here(
+    config: Config, data: RunData, model: VLMModel, processor: VLMProcessor, progress: Progress
+) -> None:
+    """Raise UsageError for what some stage to come cannot do with this model and these data."""
+    check_model(model, config.tensor_parallel)
+    for stage in config.stages:
+        deepspeed_config(config, stage, data_ranks(), family_of(model))
+    check_quantized(config, model)
+    check_stages(config.stages, model, progress.stage)
+    data.check(model, processor)
 
 
 def run_stage(run: Run, model: VLMModel, progress: Progress, folder: Path | None) -> None:

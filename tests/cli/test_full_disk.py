@@ -95,6 +95,12 @@ def test_evaluation(failing, room, tmp_path, model, scenes, name):
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(WRITTEN[: WRITTEN.index(name)])
 
 
+def full(self: VLMModel, folder: Path, **_: object) -> None:
+    """In place of `save_pretrained`, on a disk without room for the weights."""
+    (folder / "config.json").write_text("{}")
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 @pytest.fixture
 def training(model, scenes, tmp_path) -> list[str]:
     """The arguments of a short run with a checkpoint."""
@@ -123,19 +129,29 @@ def test_a_checkpoint(failing, training, tmp_path, monkeypatch):
     line = failing(*training)
     assert line.startswith(f"error: checkpoint {tmp_path}/run/checkpoints/stage0-step2 cannot be written: ")
     assert "free the disk" in line
-    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "checkpoints" / "latest").exists()
-    assert all(path.name.startswith(".") for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "model").exists()
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "stage0-start\n"
+    whole = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if not path.name.startswith(".")}
+    assert whole == {"latest", "stage0-start"}
+
+
+def test_what_a_training_begins_with(failing, training, tmp_path, monkeypatch):
+    monkeypatch.setattr(VLMModel, "save_pretrained", full)
+    line = failing(*training)
+    assert line.startswith(f"error: cannot write the model to {tmp_path}/run/checkpoints/") and "free the disk" in line
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()) and not (tmp_path / "run" / "model").exists()
 
 
 def test_the_model_of_a_training(failing, training, tmp_path, monkeypatch):
     """What could be written before stays, and the run goes on from there when there is room again."""
+    real = VLMModel.save_pretrained
 
-    def full(self: VLMModel, folder: Path, **_: object) -> None:
-        (folder / "config.json").write_text("{}")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full_at_the_end(self: VLMModel, folder: Path, **options: object) -> None:
+        write = real if folder.parent.parent.name == "checkpoints" else full
+        write(self, folder, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(VLMModel, "save_pretrained", full)
+        patch.setattr(VLMModel, "save_pretrained", full_at_the_end)
         line = failing(*training)
     assert line.startswith(f"error: cannot write the model to {tmp_path}/run/model: ") and "free the disk" in line
     assert not [path for path in (tmp_path / "run").iterdir() if "model" in path.name]
