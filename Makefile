@@ -1,6 +1,6 @@
 # Everything from a fresh checkout: needs git, make and a python3 of 3.11 or newer, nothing else.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test heavy lint clean
+.PHONY: help install demo test suite heavy lint clean
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
@@ -14,6 +14,7 @@ OUT ?= runs/demo
 SCENES ?= runs/scenes
 # On CPUs two processes are faster than one with all threads.
 PROCESSES ?= $(shell command -v nvidia-smi >/dev/null 2>&1 || echo 2)
+WORKERS = $(shell $(BIN)/python -c 'import os; print(min(8, os.cpu_count() + 1))')
 
 help:
 	@echo "make install            make .venv and install"
@@ -42,11 +43,15 @@ demo: $(STAMP)
 	$(BIN)/vlm eval $(OUT)/model vqa caption retrieval --data $(SCENES) --out $(OUT)/eval
 	$(BIN)/vlm report $(OUT)
 
+# Side by side, for the type checker takes one core and half a minute.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs 2 lint suite
+
 # A worker that dies ends the run, and its test is named: with another in its place pytest-xdist may wait for ever
-# (its issue 1378). Files in their own order, or those of one long test would come last, each with a core to itself.
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
-		--max-worker-restart 0
+# (its issue 1378). Files come in the order that tests/conftest.py gives them. A worker more than there are cores, for some
+# tests wait.
+suite: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 heavy: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy

@@ -68,6 +68,15 @@ FAMILIES = {
 MASKED = ("bert", "roberta", "modernbert")
 
 
+# Files with the longest tests, which begin first: at the end they would leave cores idle.
+LONG = ("test_ranks.py", "test_demo.py", "test_readme.py", "test_house.py", "test_machines.py", "test_bench_zero.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, each in its own order."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes `family` runs for every family; `causal_family` for those that generate."""
     if "family" in metafunc.fixturenames:
