@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	@# Its own dependencies are forty packages that no test needs.
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps 'lmms-eval>=0.7,<0.8'
-	@$(BIN)/python -c 'import vlm.cli, vlm.train.loop, vlm.eval.run' 2>/dev/null
+	@$(BIN)/python -c 'import vlm.cli, vlm.train.loop, vlm.eval.run' >/dev/null
 	@touch $@
 
 demo: $(STAMP)

@@ -268,10 +268,9 @@ def load_lora(model: Any, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         told = json.loads((folder / BASE).read_text("utf-8"))
-        base, quantization, rope = told["sha256"], told["quantization"], told["rope"]
-        mend = (
-            f"load it onto {Path(folder, told['start']).resolve()}" if "start" in told else "load it onto its own base"
-        )
+        base, quantization = told["sha256"], told.get("quantization")
+        rope = told.get("rope", _rope(model))  # of which adapters of earlier runs say nothing
+        own = Path(folder, told["start"]).resolve() if "start" in told else "its own base"
         others = load_file(folder / OTHERS)
         places = {tower: folder / place for tower, (_, place) in TOWERS.items() if _holds_updates(folder / place)}
         configs = {tower: LoraConfig.from_pretrained(place) for tower, place in places.items()}
@@ -283,11 +282,12 @@ def load_lora(model: Any, folder: str | Path) -> None:
     found = base_hash(model.state_dict())
     if found != base:
         raise UsageError(
-            f"adapter {folder} belongs to a model with weights {base[:12]}…, this one has {found[:12]}…; {mend}"
+            f"adapter {folder} belongs to a model with weights {base[:12]}…, this one has {found[:12]}…; load it onto {own}"
         )
     if _rope(model) != rope:
         raise UsageError(
-            f"adapter {folder} was trained with rotary positions {rope}, this model has {_rope(model)}; {mend}"
+            f"adapter {folder} was trained with rotary positions {rope}, this model has {_rope(model)}; load it onto "
+            f"{own}"
         )
     if quantization is not None:
         quantize(model, **quantization)

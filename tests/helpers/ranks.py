@@ -43,10 +43,10 @@ def run_ranks(count: int, program: str, *arguments: str) -> None:
             for rank in ranks:
                 rank.start()
             end = time.monotonic() + LIMIT
-            while all(rank.exitcode in (None, 0) for rank in ranks) and time.monotonic() < end:
-                if not (running := [rank.sentinel for rank in ranks if rank.exitcode is None]):
+            while running := [rank.sentinel for rank in ranks if rank.exitcode is None]:
+                if any(rank.exitcode for rank in ranks) or time.monotonic() > end:
                     break
-                wait(running, timeout=end - time.monotonic())
+                wait(running, timeout=1)
         finally:
             for rank in ranks:
                 rank.kill()
