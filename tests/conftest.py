@@ -23,8 +23,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import vlm
 from vlm.processing import VLMImageProcessor, complete_tokenizer
 
-gc.freeze()  # nothing that was imported is garbage, and looking through it would take a tenth of the time
-
 VOCAB = 288  # 256 bytes and the control tokens
 WORDS = {"vocab_size": VOCAB, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 LLAMA_LIKE = {
@@ -75,6 +73,11 @@ LONG = ("test_ranks.py", "test_demo.py", "test_readme.py", "test_house.py", "tes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, each in its own order."""
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish() -> None:
+    """Nothing that was imported is garbage, and looking through it would take a tenth of the time."""
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -6,6 +6,7 @@ Knows those launchers' arguments. Knows nothing of training.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--deepspeed_config", metavar="JSON", help="the same as deepspeed=JSON")
     parser.add_argument("--launched", metavar="COMMAND", help=argparse.SUPPRESS)  # what was typed to start the ranks
     given = parser.parse_intermixed_args(arguments)
+    gc.freeze()  # what is imported stays; on each rank its turn to look through it comes at another moment, and all wait
     if given.deepspeed_config:
         given.overrides.append(f"deepspeed={given.deepspeed_config}")
     handler = get_error_handler()

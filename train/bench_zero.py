@@ -10,6 +10,7 @@ those that it does not need as soon as they are summed.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -158,6 +159,7 @@ def _storages(values: Iterable[Any]) -> dict[int, int]:
 
 def main() -> None:
     """One rank: count every stage; the main one prints what all have counted."""
+    gc.freeze()  # ZeRO-3 collects what is garbage at each start
     join()
     told = joined([[count(stage) for stage in STAGES]])
     if is_main():

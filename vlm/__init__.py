@@ -7,14 +7,17 @@
 After `import vlm`, transformers' Auto classes and `pipeline("image-text-to-text")` find saved models.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from vlm.imports import uncollected
 
-from vlm.api import VLM, load
-from vlm.configuration import VLMConfig
-from vlm.errors import RunError, UsageError
-from vlm.model import VLMModel
-from vlm.processing import VLMImageProcessor, VLMProcessor
-from vlm.together import load_together
+with uncollected():
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+    from vlm.api import VLM, load
+    from vlm.configuration import VLMConfig
+    from vlm.errors import RunError, UsageError
+    from vlm.model import VLMModel
+    from vlm.processing import VLMImageProcessor, VLMProcessor
+    from vlm.together import load_together
 
 AutoConfig.register("vlm", VLMConfig, exist_ok=True)
 AutoModelForImageTextToText.register(VLMConfig, VLMModel, exist_ok=True)

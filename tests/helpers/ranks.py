@@ -6,6 +6,7 @@ eight seconds on imports.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -59,6 +60,7 @@ def _run(given: dict[str, str], log: Path, program: str, *arguments: str) -> Non
     with log.open("w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
+    gc.freeze()
     os.environ.update(given)
     sys.argv = [program, *arguments]
     torch.set_num_threads(1)

@@ -1,0 +1,22 @@
+"""Imports that Python's collector does not look through; what it did before it does afterwards."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from vlm.imports import uncollected
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_rests_meanwhile_and_is_as_it_was_afterwards(collects):
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with pytest.raises(ImportError), uncollected():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if before else gc.disable)()
