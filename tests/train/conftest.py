@@ -75,6 +75,12 @@ def base(save_model, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def shallow(save_model, tmp_path_factory) -> str:
+    """A saved model with one adapter: ZeRO-3 takes a millisecond for every module."""
+    return save_model(tmp_path_factory.mktemp("shallow") / "model", every=3, gate_init=0.5)
+
+
+@pytest.fixture(scope="session")
 def make_config(base, pairs):
     """A config that goes on from `base` with `pairs`, in fp32 and one process a rank, unless told otherwise."""
 

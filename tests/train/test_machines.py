@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -51,7 +52,7 @@ def machines():
 
 
 @pytest.fixture(scope="module")
-def config_of(make_config, make_shards, tmp_path_factory):
+def config_of(make_config, make_shards, shallow, tmp_path_factory):
     """The config of a run under a ZeRO stage on two machines, or of one process that sees the same micro-batches."""
     folder = tmp_path_factory.mktemp("machines")
     fields = {
@@ -64,7 +65,8 @@ def config_of(make_config, make_shards, tmp_path_factory):
     def config(zero: int, ranks: int):
         sizes = {"batch": 8, "micro_batch": 4 // ranks}
         stages = [stage | sizes for stage in STAGES]
-        return make_config(folder / f"zero {zero} on {ranks}", *stages, data=data, zero=zero)
+        out = folder / f"zero {zero} on {ranks}"
+        return make_config(out, *stages, data=data, model={"path": shallow}, zero=zero)
 
     return config
 
@@ -104,5 +106,6 @@ def machine(place: int, machines: list[tuple[str, str, str]], configs: list[Path
 
 
 if __name__ == "__main__":
+    gc.freeze()
     for file in sys.argv[1:]:
         train(load_config(file))

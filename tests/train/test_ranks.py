@@ -70,12 +70,6 @@ def words(make_shards, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def shallow(save_model, tmp_path_factory) -> str:
-    """A saved model with one adapter: ZeRO-3 takes a millisecond for every module."""
-    return save_model(tmp_path_factory.mktemp("shallow") / "model", every=3, gate_init=0.5)
-
-
-@pytest.fixture(scope="module")
 def config_of(make_config, save_model, shallow, mixed, words, tmp_path_factory):
     """The config of a run by its name, for so many ranks that see the same micro-batches together."""
     folder = tmp_path_factory.mktemp("ranks")
