@@ -29,7 +29,7 @@ from vlm.processing import VLMProcessor
 from vlm.samples import Question, Sample, SampleError, conversations, pair_text, pair_texts, plain_texts, said
 from vlm.shards import Shards
 
-from .config import Stage
+from .config_stage import Stage
 from .levels import restore, shrink
 from .order import Order
 from .packing import ENDLESS, Example, Row, laid, layout, padded, slots

@@ -19,7 +19,8 @@ from vlm.errors import RunError
 from vlm.model import VLMModel
 
 from .build import scale_rope
-from .config import RopeScaling, Stage
+from .config_model import RopeScaling
+from .config_stage import Stage
 from .loop import checkpoint_activations
 from .objectives import OBJECTIVES, Plan
 

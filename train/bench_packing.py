@@ -24,7 +24,7 @@ from vlm.processing import VLMImageProcessor, VLMProcessor
 from vlm.samples import Sample
 
 from .batches import READERS, Batch, Reader
-from .config import Stage
+from .config_stage import Stage
 from .objectives import OBJECTIVES, Objective, Plan
 from .packing import Example
 

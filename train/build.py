@@ -36,7 +36,8 @@ from vlm.quantization import is_quantized
 from vlm.saving import read
 from vlm.vision import VisionTower, build_tower
 
-from .config import Config, RopeScaling, TextSizes, VisionSizes
+from .config import Config
+from .config_model import RopeScaling, TextSizes, VisionSizes
 from .tokenizer import as_transformers, train_bpe, training_texts
 
 CAPTION_PROMPT = "Describe the picture."

@@ -32,7 +32,7 @@ from vlm.processing import VLMProcessor
 from vlm.saving import read, save
 
 from .average import Average
-from .config import Stage
+from .config_stage import Stage
 from .ranks import copies, is_main
 from .tensor_parallel import whole
 

@@ -1,7 +1,8 @@
-"""What a training config may say: its fields, their defaults and their contradictions.
+"""What a training config may say of a run: its fields, their defaults and their contradictions.
 
-Knows names, types and numbers. Knows nothing of models, data or DeepSpeed objects. Each field's description is its
-documentation: `vlm.settings.annotated_yaml` writes it beside the value.
+Knows names, types and numbers. Knows nothing of models, data or DeepSpeed objects; what is said of the model stands in
+`config_model.py`, what of a stage in `config_stage.py`. Each field's description is its documentation:
+`vlm.settings.annotated_yaml` writes it beside the value.
 """
 
 from __future__ import annotations
@@ -12,13 +13,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
-    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
     ValidationError,
     model_validator,
 )
@@ -27,149 +26,10 @@ from vlm.errors import UsageError
 from vlm.settings import COMMAND_LINE, Section, Settings, read_settings
 from vlm.settings_faults import explain
 
+from .config_model import Model
+from .config_stage import ObjectiveName, Stage
+
 SHORTHANDS = {"vision": "model.vision", "text": "model.text", "adapter": "model.adapter"}
-
-
-def _is_changed(section: Section, name: str) -> bool:
-    """Whether a value is not the default; whether it was written tells nothing, for OUT/config.yaml writes them all."""
-    return getattr(section, name) != type(section).model_fields[name].default
-
-
-def _as_pair(value: Any) -> Any:
-    return [value, value] if isinstance(value, int) else value
-
-
-class VisionSizes(Section):
-    """A vision tower by its architecture's name, with its sizes changed where they are given."""
-
-    name: str = Field(description="timm:ARCHITECTURE or open_clip:ARCHITECTURE")
-    pretrained: bool = Field(False, description="start from the library's own weights instead of random ones")
-    image_size: Annotated[list[PositiveInt], BeforeValidator(_as_pair)] | None = Field(
-        None, min_length=2, max_length=2, description="pixels, one number or [height, width]"
-    )
-    patch_size: PositiveInt | None = Field(None, description="pixels of a patch's side")
-    width: PositiveInt | None = Field(None, description="features of a token")
-    depth: PositiveInt | None = Field(None, description="layers")
-    heads: PositiveInt | None = Field(None, description="attention heads")
-    stem: Literal["patch", "conv"] = Field("patch", description="patch: one big convolution; conv: a few small ones")
-    options: dict[str, Any] = Field({}, description="anything else of timm.create_model or open_clip.create_model")
-
-
-class TextSizes(Section):
-    """A language model from scratch: a Hugging Face family and its sizes."""
-
-    family: str = Field(description="model_type of a Hugging Face family: qwen3, llama, gpt2, bert, …")
-    width: PositiveInt = Field(description="hidden size")
-    depth: PositiveInt = Field(description="layers")
-    heads: PositiveInt = Field(description="attention heads")
-    kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: as many as heads")
-    feed_forward: PositiveFloat = Field(4.0, description="width of the feed-forward as a multiple of the hidden size")
-    positions: PositiveInt = Field(1024, description="longest text in tokens")
-    options: dict[str, Any] = Field({}, description="anything else of the family's own configuration class")
-
-
-class Adapter(Section):
-    """The gated cross-attention adapters; the fields of `vlm.configuration.AdapterConfig`."""
-
-    every: PositiveInt = Field(1, description="an adapter before each every-th layer of the language model")
-    layers: list[NonNegativeInt] | None = Field(None, description="exact layer indices instead of every")
-    heads: PositiveInt | None = Field(None, description="attention heads; null: the language model's number")
-    kv_heads: PositiveInt | None = Field(None, description="heads of keys and values; null: as many as heads")
-    head_dim: PositiveInt | None = Field(None, description="size of a head; null: hidden size / heads")
-    feed_forward: NonNegativeFloat = Field(4.0, description="width of its feed-forward / hidden size; 0: none")
-    experts: NonNegativeInt = Field(
-        0, description="feed-forwards beside each other, of which each token passes a few; 0: one for all"
-    )
-    experts_per_token: PositiveInt = Field(2, description="how many of them a token passes")
-    balance: NonNegativeFloat = Field(0.01, description="weight of the loss that keeps the experts evenly used")
-    gate_init: float = Field(0.0, description="gates at birth; 0 keeps a pretrained language model as it is")
-    qk_norm: bool = Field(False, description="normalise queries and keys per head; steadier from scratch")
-    positions: Literal["sincos", "learned"] = Field("sincos", description="positions of the image tokens")
-    latents: NonNegativeInt = Field(0, description="a perceiver resampler to this many tokens per picture; 0: none")
-    resampler_depth: PositiveInt = Field(2, description="layers of that resampler")
-
-
-def _is_name(value: Any) -> str:
-    return "<name>" if isinstance(value, str) else "<sizes>"
-
-
-VisionSpec = Annotated[Annotated[str, Tag("<name>")] | Annotated[VisionSizes, Tag("<sizes>")], Discriminator(_is_name)]
-TextSpec = Annotated[Annotated[str, Tag("<name>")] | Annotated[TextSizes, Tag("<sizes>")], Discriminator(_is_name)]
-
-
-class Tokenizer(Section):
-    """The tokenizer of a language model that is trained from scratch."""
-
-    vocab_size: PositiveInt = Field(4096, description="most tokens that the trained byte-level BPE may have")
-    path: str | None = Field(None, description="one that exists, Hugging Face id or path, instead")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Tokenizer:
-        if self.path is not None and _is_changed(self, "vocab_size"):
-            raise ValueError(
-                f"vocab_size is {self.vocab_size}, and the tokenizer {self.path} has its own; remove one of vocab_size and path"
-            )
-        return self
-
-
-class RopeScaling(Section):
-    """Rotary positions stretched over longer texts, as transformers computes them."""
-
-    type: Literal["linear", "yarn", "llama3"] = Field(
-        description="linear: Chen et al. 2023; yarn: Peng et al. 2023; llama3: by wavelength, as Llama 3.1"
-    )
-    factor: float = Field(gt=1, description="how many times longer a text may be than it was")
-
-
-class Model(Section):
-    """What is trained."""
-
-    path: str | None = Field(None, description="go on from this saved model, instead of vision and text")
-    vision: VisionSpec | None = Field(
-        None, description="pretrained tower timm:NAME, open_clip:NAME/TAG or a timm folder; or sizes, from scratch"
-    )
-    text: TextSpec | None = Field(
-        None, description="pretrained language model, Hugging Face id or path; or family and sizes, from scratch"
-    )
-    tokenizer: Tokenizer = Field(Tokenizer(), description="for a language model from scratch")
-    quantize: Literal["int8", "int4"] | None = Field(
-        None,
-        description="hold the language model's linear layers in so few bits, frozen, and let lora and the adapters learn "
-        "beside them (QLoRA, Dettmers et al. 2023)",
-    )
-    rope_scaling: RopeScaling | None = Field(
-        None, description="longer texts for a language model with rotary positions, e.g. {type: yarn, factor: 4}"
-    )
-    adapter: Adapter = Field(Adapter(), description="how the language model looks at pictures")
-    embedding_dim: PositiveInt = Field(256, description="size of the space that pictures and texts share")
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Model:
-        if self.path is not None and (self.vision is not None or self.text is not None):
-            raise ValueError("model.path and model.vision or model.text are both set; write model={path: …} alone")
-        if self.path is None and (self.vision is None or self.text is None):
-            missing = "vision" if self.vision is None else "text"
-            raise ValueError(f"model.{missing} is missing; give vision and text, or the path of a saved model")
-        if isinstance(self.text, str) and self.tokenizer != Tokenizer():
-            raise ValueError(f"model.tokenizer is set, and text {self.text!r} brings its own; remove model.tokenizer")
-        if self.quantize is not None and isinstance(self.text, TextSizes):
-            raise ValueError(
-                f"model.quantize is {self.quantize}, and model.text is made from nothing and has to learn; name a pretrained "
-                "one, or remove quantize"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_that_a_saved_model_brings(self) -> Model:
-        for name in ("adapter", "embedding_dim", "tokenizer"):
-            if self.path is not None and _is_changed(self, name):
-                raise ValueError(
-                    f"model.path and model.{name} are both set, and a saved model brings its own; remove model.{name}"
-                )
-        return self
-
-
-ObjectiveName = Literal["contrastive", "joint", "clm", "mlm"]
 
 
 class Source(Section):
@@ -217,108 +77,6 @@ class Data(Section):
     val: str | None = Field(None, description="shards held out, for validation")
     workers: NonNegativeInt = Field(2, description="processes per rank that read and decode")
     augment: Augment = Field(Augment(), description="random changes of training pictures")
-
-
-class Lora(Section):
-    """Low-rank updates in place of full ones (Hu et al. 2021), by peft."""
-
-    r: PositiveInt = Field(8, description="rank")
-    alpha: PositiveFloat | None = Field(None, description="scale is alpha / r; null: 2 r")
-    dropout: NonNegativeFloat = Field(0.0, description="dropout before the update")
-    targets: list[str] | None = Field(
-        None, description="names or patterns of linear layers; null: all of the towers' but the head"
-    )
-    towers: list[Literal["text", "vision"]] = Field(["text"], min_length=1, description="whose layers: text, vision")
-    dora: bool = Field(False, description="length and direction of weights apart (DoRA, Liu et al. 2024)")
-    rslora: bool = Field(False, description="scale alpha / √r (rank-stabilised, Kalajdzievski 2023)")
-
-
-OBJECTIVE_ONLY = {
-    "contrastive_weight": ("joint",),
-    "matching_weight": ("joint",),
-    "questions": ("joint",),
-    "mask_share": ("mlm",),
-    "pack": ("joint", "clm", "mlm"),
-    "loss": ("contrastive", "joint"),
-}
-
-
-class Stage(Section):
-    """One stage of training; it starts from what the one before left."""
-
-    objective: ObjectiveName = Field(
-        description="contrastive: pictures against texts; joint: captions and answers; clm, mlm: text only"
-    )
-    steps: PositiveInt | None = Field(None, description="optimizer steps; this or minutes")
-    minutes: PositiveFloat | None = Field(None, description="wall-clock budget; the schedule follows the share used")
-    batch: PositiveInt = Field(64, description="samples per optimizer step, over all ranks")
-    micro_batch: PositiveInt | None = Field(
-        None,
-        description="samples a rank holds at once; null: its whole share. The loss is that of the whole batch either way",
-    )
-    lr: PositiveFloat = Field(1e-3, description="highest learning rate")
-    warmup: NonNegativeFloat = Field(0.05, le=1, description="share of the stage in which the rate climbs")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes on after that")
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw; muon for the matrices, adamw for the rest")
-    weight_decay: NonNegativeFloat = Field(0.05, description="on matrices only")
-    clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0, and with muon: no limit")
-    ema: PositiveFloat | None = Field(
-        None,
-        lt=1,
-        description="decay of a moving average of the weights, e.g. 0.999, which the stage leaves instead of them",
-    )
-    train: list[str] = Field(["*"], description="patterns of the parameter names that train")
-    freeze: list[str] = Field([], description="patterns of those that do not, whatever train says")
-    rates: dict[str, PositiveFloat] = Field(
-        {},
-        description="patterns of parameter names, each with what it multiplies lr by, e.g. {vision: 0.1}; of several that "
-        "match a parameter the first counts",
-    )
-    lora: Lora | None = Field(None, description="low-rank updates of frozen linear layers, e.g. {r: 8}")
-    loss: Literal["infonce", "siglip"] = Field("infonce", description="contrastive loss")
-    questions: PositiveInt | None = Field(
-        None, description="joint: most questions of a picture per visit, drawn anew each time; null: all"
-    )
-    max_tokens: PositiveInt = Field(
-        1024, description="longest row of tokens; documents beyond it wait for another visit"
-    )
-    pack: bool = Field(
-        True, description="joint, clm, mlm: short samples share rows, kept apart; the same losses with less padding"
-    )
-    contrastive_weight: NonNegativeFloat = Field(
-        0.0, description="joint: weight of an added contrastive term over all pairs of the batch"
-    )
-    matching_weight: NonNegativeFloat = Field(
-        0.0,
-        description="joint: weight of an added term that tells true pairs from wrong ones; the likest of the micro-batch are "
-        "confused most, by the contrastive term's measure",
-    )
-    mask_share: PositiveFloat = Field(0.15, lt=1, description="mlm: share of the tokens to be predicted")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Stage:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("neither steps nor minutes is set; give one")
-        if self.steps is not None and self.minutes is not None:
-            raise ValueError(f"steps {self.steps} and minutes {self.minutes:g} are both set; remove one")
-        if self.micro_batch is not None and self.batch % self.micro_batch:
-            raise ValueError(f"batch {self.batch} is no multiple of micro_batch {self.micro_batch}; change one")
-        if self.matching_weight and self.objective == "joint" and not self.contrastive_weight:
-            raise ValueError(
-                f"matching_weight is {self.matching_weight:g} and contrastive_weight is 0, which learns what is alike; set "
-                "it too"
-            )
-        if _is_changed(self, "loss") and self.objective == "joint" and not self.contrastive_weight:
-            raise ValueError(
-                f"loss is {self.loss} and contrastive_weight is 0, so nothing uses it; set contrastive_weight, or remove loss"
-            )
-        if self.optimizer == "muon" and self.clip not in (0.0, type(self).model_fields["clip"].default):
-            raise ValueError(f"clip is {self.clip:g}, and optimizer muon has no limit; remove clip")
-        for name, objectives in OBJECTIVE_ONLY.items():
-            if self.objective not in objectives and _is_changed(self, name):
-                belongs = " or ".join(objectives)
-                raise ValueError(f"{name} belongs to objective {belongs}, not {self.objective}; remove it")
-        return self
 
 
 class Checkpoint(Section):

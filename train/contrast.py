@@ -22,7 +22,7 @@ from torch import Tensor
 from vlm.losses import infonce, siglip
 from vlm.model import VLMModel
 
-from .config import Stage
+from .config_stage import Stage
 from .ranks import data_group
 
 

@@ -16,7 +16,8 @@ from vlm.processing import VLMProcessor
 from vlm.shards import Shards
 
 from .batches import READERS, Batch, MicroBatches, Reader, stream
-from .config import Augment, Config, Stage
+from .config import Augment, Config
+from .config_stage import Stage
 from .deepspeed_config import micro_batch_size
 from .order import BLOCK, Order
 from .ranks import data_rank, data_ranks

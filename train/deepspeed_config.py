@@ -13,7 +13,8 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from vlm.errors import UsageError
 
-from .config import Config, Stage
+from .config import Config
+from .config_stage import Stage
 from .optimization import BETAS, EPS
 from .tensor_parallel import layer_specs
 

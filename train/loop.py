@@ -37,7 +37,8 @@ from .batches import Batch, on_device, stream
 from .boards import check_boards
 from .build import build
 from .checkpoint import Adapter, Checkpoints, Progress, full_weights, plain_model
-from .config import Config, Stage
+from .config import Config
+from .config_stage import Stage
 from .data import RunData
 from .deepspeed_config import clip_of, deepspeed_config
 from .flops import ModelFlops, peak_flops

@@ -21,7 +21,7 @@ from vlm.losses import count_targets, documents_right, labelled
 from vlm.model import VLMModel, in_slots
 from vlm.routing import balances, router_loss
 
-from .config import Stage
+from .config_stage import Stage
 from .contrast import Contrast, Pairs, compared, pairs_of, replayed
 from .matching import draw, matched, pairs_with_negatives
 

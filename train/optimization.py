@@ -18,7 +18,7 @@ from vlm.errors import UsageError
 from vlm.lora import TOWERS, add_lora, remove_lora
 from vlm.model import VLMModel
 
-from .config import Stage
+from .config_stage import Stage
 from .objectives import OBJECTIVES, Objective
 
 BETAS, EPS = (0.9, 0.95), 1e-8

@@ -13,7 +13,7 @@ from torch import nn
 from vlm.quantization import layers
 from vlm.quantized_linear import QuantizedLinear
 
-from .config import Stage
+from .config_stage import Stage
 from .optimization import factor_of
 
 HEADINGS = ("part", "parameters", "trainable", "dtype", "lr")

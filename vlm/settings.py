@@ -26,6 +26,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    def is_changed(self, name: str) -> bool:
+        """Whether a value is not the default; whether it was written tells nothing, for OUT/config.yaml writes them all."""
+        return getattr(self, name) != type(self).model_fields[name].default
+
 
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, with `1e-3` read as a number: YAML 1.1 wants a dot and a sign, and nobody writes them."""

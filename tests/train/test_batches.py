@@ -11,7 +11,7 @@ from vlm.losses import IGNORED
 from vlm.samples import Sample
 from vlm.shards import Shards
 from vlm.train.batches import READERS, MicroBatches, padded, stream
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.order import Order
 
 TALK = [

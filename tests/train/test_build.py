@@ -16,7 +16,9 @@ from vlm.quantization import quantize
 from vlm.saving import read, save
 from vlm.shards import ShardWriter
 from vlm.train.build import build, build_vision, family_config, pretrained_text, scale_rope
-from vlm.train.config import Config, RopeScaling, Stage, TextSizes, VisionSizes
+from vlm.train.config import Config
+from vlm.train.config_model import RopeScaling, TextSizes, VisionSizes
+from vlm.train.config_stage import Stage
 from vlm.train.summary import training_table
 
 SIZES = {"width": 32, "depth": 3, "heads": 4, "positions": 96}

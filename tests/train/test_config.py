@@ -10,7 +10,8 @@ import pytest
 from vlm.configuration import AdapterConfig
 from vlm.errors import UsageError
 from vlm.settings import annotated_yaml
-from vlm.train.config import Adapter, Config, load_config, packaged_configs
+from vlm.train.config import Config, load_config, packaged_configs
+from vlm.train.config_model import Adapter
 
 MINIMAL = """\
 out: runs/x

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.losses import IGNORED
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.ranks import join
 from vlm.train.step import prepare

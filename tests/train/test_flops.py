@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlm.configuration import VisionConfig
 from vlm.processing import slots_of
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.flops import ModelFlops, depth, known_peak, peak_flops
 from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import choose_trainable

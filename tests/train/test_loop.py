@@ -16,7 +16,8 @@ from vlm.errors import RunError
 from vlm.saving import read, save
 from vlm.shards import Shards
 from vlm.train.batches import READERS, MicroBatches, on_device
-from vlm.train.config import Stage, load_config
+from vlm.train.config import load_config
+from vlm.train.config_stage import Stage
 from vlm.train.loop import attention_of, take_step
 from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.optimization import rate

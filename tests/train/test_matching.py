@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.errors import UsageError
 from vlm.saving import read, save
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.contrast import Pairs
 from vlm.train.loop import checkpoint_activations
 from vlm.train.matching import differ, draw, pairs_with_negatives

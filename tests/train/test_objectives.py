@@ -19,7 +19,7 @@ from vlm.losses import IGNORED
 from vlm.samples import Question, Sample
 from vlm.train import objectives
 from vlm.train.batches import READERS
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.loop import checkpoint_activations
 from vlm.train.objectives import OBJECTIVES, Plan
 

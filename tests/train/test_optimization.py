@@ -9,7 +9,7 @@ import torch
 
 from vlm.errors import UsageError
 from vlm.lora import add_lora
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.objectives import OBJECTIVES
 from vlm.train.optimization import BETAS, choose_trainable, make_optimizer, rate, set_rates
 from vlm.train.summary import training_table

@@ -19,7 +19,7 @@ from vlm.samples import Question, Sample, plain_texts
 from vlm.shards import Shards
 from vlm.train.batches import READERS
 from vlm.train.bench_packing import bench_packing
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.objectives import OBJECTIVES, Plan
 from vlm.train.packing import layout, tiles
 

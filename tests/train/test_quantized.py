@@ -18,7 +18,7 @@ from vlm.quantization import chosen, is_quantized, quantize
 from vlm.quantized_linear import Int4Linear, Int8Linear
 from vlm.saving import read
 from vlm.train import loop
-from vlm.train.config import Stage
+from vlm.train.config_stage import Stage
 from vlm.train.flops import ModelFlops
 from vlm.train.log import RunLog
 from vlm.train.objectives import OBJECTIVES

@@ -15,7 +15,8 @@ from vlm.errors import UsageError
 from vlm.saving import read
 from vlm.settings import annotated_yaml
 from vlm.train.checkpoint import Checkpoints
-from vlm.train.config import Config, Lora, load_config
+from vlm.train.config import Config, load_config
+from vlm.train.config_stage import Lora
 from vlm.train.deepspeed_config import deepspeed_config
 from vlm.train.loop import train
 from vlm.train.objectives import OBJECTIVES
