@@ -7,16 +7,15 @@ are counted and the first few named.
 
 from __future__ import annotations
 
-import gc
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlm.errors import UsageError
 from vlm.files import atomic_write
+from vlm.garbage import uncollected
 
 from .metrics.caption import CIDER_NAME, caption_scores, tokenized
 from .metrics.java import JAVA_METRICS, java_scores
@@ -40,7 +39,7 @@ def score_vqa(
     Raises UsageError for an unknown mode, a file of another kind and question ids that do not match.
     """
     _choose("mode", mode, MODES)
-    with _no_collection():
+    with uncollected():
         said = _predictions(Path(results), "question_id", "answer")
         asked = _ids(Path(questions), _section(Path(questions), "questions", ("question_id",)), "question_id")
         truths = _section(Path(annotations), "annotations", VQA_ANNOTATION)
@@ -62,7 +61,7 @@ def score_caption(
     """
     for name in java:
         _choose("metric", name, JAVA_METRICS)
-    with _no_collection():
+    with uncollected():
         said = _predictions(Path(results), "image_id", "caption")
         references = _references(Path(annotations))
         _match(Path(results), list(said), list(references), f"image ids of {annotations}")
@@ -75,18 +74,6 @@ def score_caption(
 def _choose(what: str, given: str, names: Sequence[str]) -> None:
     if given not in names:
         raise UsageError(f"{what} {given!r} is unknown; choose of {', '.join(names)}")
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Millions of small entries without a cycle among them: the collector would walk through them again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _read(path: Path) -> Any:

@@ -7,7 +7,7 @@
 After `import vlm`, transformers' Auto classes and `pipeline("image-text-to-text")` find saved models.
 """
 
-from vlm.imports import uncollected
+from vlm.garbage import uncollected
 
 with uncollected():
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor

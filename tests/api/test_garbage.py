@@ -1,4 +1,4 @@
-"""Imports that Python's collector does not look through; what it did before it does afterwards."""
+"""Work that Python's collector does not look through; what it did before it does afterwards."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from vlm.imports import uncollected
+from vlm.garbage import uncollected
 
 
 @pytest.mark.parametrize("collects", [True, False])

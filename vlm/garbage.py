@@ -1,6 +1,6 @@
-"""Imports in less time: thousands of modules are no garbage, and Python's collector looks through them again and again.
+"""Python's garbage collector, kept from looking again and again through what is no garbage: modules, millions of entries.
 
-Knows the collector. Knows nothing of what is imported.
+Knows the collector. Knows nothing of what is made meanwhile.
 """
 
 from __future__ import annotations
