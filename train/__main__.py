@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from vlm.errors import RunError, UsageError
 
+from .allocator import keep_freed_memory
 from .config import load_config
 from .loop import train
 
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--launched", metavar="COMMAND", help=argparse.SUPPRESS)  # what was typed to start the ranks
     given = parser.parse_intermixed_args(arguments)
     gc.freeze()  # what is imported stays; on each rank its turn to look through it comes at another moment, and all wait
+    keep_freed_memory()
     if given.deepspeed_config:
         given.overrides.append(f"deepspeed={given.deepspeed_config}")
     handler = get_error_handler()

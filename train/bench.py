@@ -24,6 +24,7 @@ from vlm.settings import annotated_yaml
 from vlm.shards import ShardWriter
 
 from . import bench_memory, bench_zero
+from .allocator import keep_freed_memory
 from .batches import Batch, on_device
 from .bench_packing import bench_packing
 from .bench_peers import IdeficsPeer, OpenClipPeer
@@ -84,6 +85,7 @@ def bench_train(against: str | None = None, rounds: int = 3) -> list[Row]:
     }
     if against is not None and against not in groups:
         raise UsageError(f"there is no {against} to measure against; use one of {', '.join(groups)}")
+    keep_freed_memory()  # as `vlm train` does
     chosen = [against] if against is not None else ["open_clip", "idefics", "padded"]
     return [row for name in chosen for row in groups[name]()]
 
