@@ -35,7 +35,8 @@ class PackedLinear(nn.Linear):
     assignment, not in place. A weight that another module uses as well stays beside the packed one. No gradient reaches
     W or b; they flow through to x. In training mode, on other devices and in other dtypes it is `torch.nn.Linear`.
 
-    No row's result depends on the rows beside it, bit for bit.
+    In float32 no row's result depends on the rows beside it, bit for bit. In bfloat16 it does in its last bit where oneDNN
+    multiplies by AMX, which sums in another order for other numbers of rows.
     """
 
     packed: Packed | None
