@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from precisions import FP16
 
 from vlm.errors import UsageError
 from vlm.saving import read
@@ -63,6 +64,7 @@ def assert_the_same(resumed, straight) -> int:
         (0, "bf16", 2, {"stage0-step2": 5, "stage1-start": 4, "stage1-step3": 1}),
         (2, "fp32", 0, {"stage0-step2": 5, "stage1-step2": 2}),
         (3, "fp32", 0, {"stage1-step2": 2}),
+        pytest.param(2, "fp16", 0, {"stage1-step2": 2}, marks=FP16),
     ],
 )
 def test_a_resumed_run_is_the_straight_one(run, tmp_path, dropping, zero, precision, workers, states):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from deepspeed.accelerator import get_accelerator
 
 from vlm.errors import UsageError
 
@@ -83,9 +83,11 @@ def test_shards_that_are_not_there(run, tmp_path):
     assert nothing_was_trained(tmp_path / "run")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="GPUs have fp16")
-def test_a_precision_that_the_device_has_not(run, tmp_path):
-    refused(run, "precision fp16 does not work on cpu; use bf16", {"objective": "joint"}, precision="fp16", zero=1)
+def test_a_precision_that_the_device_has_not(run, tmp_path, monkeypatch):
+    device = get_accelerator()
+    monkeypatch.setattr(device, "is_fp16_supported", lambda: False)
+    words = f"precision fp16 does not work on {device.device_name()}; use bf16"
+    refused(run, words, {"objective": "joint"}, precision="fp16", zero=1)
     assert nothing_was_trained(tmp_path / "run")
 
 
