@@ -42,7 +42,8 @@ demo: $(STAMP)
 	@rm -rf $(OUT)
 	$(BIN)/vlm train configs/demo.yaml minutes=$(MINUTES) data.train=$(SCENES)/train data.val=$(SCENES)/val \
 		out=$(OUT) $(if $(PROCESSES),--processes $(PROCESSES))
-	$(BIN)/vlm eval $(OUT)/model vqa caption retrieval --data $(SCENES) --out $(OUT)/eval
+	$(BIN)/vlm eval $(OUT)/model vqa caption retrieval --data $(SCENES) --out $(OUT)/eval \
+		$(if $(PROCESSES),--processes $(PROCESSES))
 	$(BIN)/vlm report $(OUT)
 
 # Side by side, for the type checker takes one core and half a minute.

@@ -53,7 +53,9 @@ class Stage(Section):
     )
     lr: PositiveFloat = Field(1e-3, description="highest learning rate")
     warmup: NonNegativeFloat = Field(0.05, le=1, description="share of the stage in which the rate climbs")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the rate goes on after that")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="how the rate goes on after that; wsd: constant, in the last fifth linear to 0"
+    )
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="adamw; muon for the matrices, adamw for the rest")
     weight_decay: NonNegativeFloat = Field(0.05, description="on matrices only")
     clip: NonNegativeFloat = Field(1.0, description="largest gradient norm; 0, and with muon: no limit")

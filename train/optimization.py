@@ -22,6 +22,7 @@ from .config_stage import Stage
 from .objectives import OBJECTIVES, Objective
 
 BETAS, EPS = (0.9, 0.95), 1e-8
+DECAY = 0.2  # share of a stage in which schedule wsd goes down
 # Tables that are looked up or added, not multiplied with: they are no matrices, whatever their shape.
 TABLES = (
     "pos_embed",
@@ -204,7 +205,10 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def rate(stage: Stage, share: float) -> float:
-    """The learning rate when `share` (0 to 1) of the stage is done: a linear climb, then the schedule, to 0 at the end."""
+    """The learning rate when `share` (0 to 1) of the stage is done: a linear climb, then the schedule, to 0 at the end.
+
+    wsd, warmup–stable–decay: MiniCPM (Hu et al. 2024), section 4, with the linear decay of Hägele et al. 2024.
+    """
     if share < stage.warmup:
         return stage.lr * share / stage.warmup
     rest = (share - stage.warmup) / max(1e-9, 1.0 - stage.warmup)
@@ -212,4 +216,6 @@ def rate(stage: Stage, share: float) -> float:
         return stage.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, rest)))
     if stage.schedule == "linear":
         return stage.lr * max(0.0, 1.0 - rest)
+    if stage.schedule == "wsd":
+        return stage.lr * min(1.0, max(0.0, 1.0 - share) / DECAY)
     return stage.lr

@@ -172,7 +172,8 @@ def test_muon_updates_are_of_adamws_size():
         before = layer.weight.detach().clone()
         set_rates(optimizer, 0.01)
         layer.weight.grad = torch.randn(rows, columns)
-        optimizer.step()
+        with torch.compiler.set_stance("force_eager"):  # as runs do: DeepSpeed would compile Muon
+            optimizer.step()
         size = float((layer.weight.detach() - before).square().mean().sqrt())
         assert 0.5 < size / (0.2 * 0.01) < 1.5
 
@@ -270,6 +271,7 @@ def test_the_table_tells_the_rates(choose):
     [
         ("cosine", {0.2: 0.1, 0.4: 0.1 * (1 + math.cos(math.pi / 4)) / 2, 0.6: 0.05, 1.0: 0.0}),
         ("linear", {0.2: 0.1, 0.4: 0.075, 0.6: 0.05, 1.0: 0.0}),
+        ("wsd", {0.2: 0.1, 0.6: 0.1, 0.8: 0.1, 0.85: 0.075, 0.9: 0.05, 1.0: 0.0}),
         ("constant", {0.2: 0.1, 0.4: 0.1, 0.6: 0.1, 1.0: 0.1}),
     ],
 )
@@ -280,10 +282,10 @@ def test_schedules(schedule, values):
         assert rate(stage, share) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 def test_no_warmup_and_nothing_but_warmup(schedule, warmup):
     stage = stage_of(schedule=schedule, warmup=warmup)
     assert rate(stage, 0.0) == (0.1 if warmup == 0 else 0.0)
-    assert rate(stage, 0.5) == pytest.approx(0.05 if warmup or schedule != "constant" else 0.1)
+    assert rate(stage, 0.5) == pytest.approx(0.05 if warmup or schedule in ("cosine", "linear") else 0.1)
     assert 0.0 <= rate(stage, 1.0) <= 0.1
