@@ -19,4 +19,8 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if collects:
+            if not gc.get_freeze_count():  # else who froze it would find it thawed
+                # All that is there is old at once; else the next allocation would look through it as new.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
