@@ -217,5 +217,6 @@ def rate(stage: Stage, share: float) -> float:
     if stage.schedule == "linear":
         return stage.lr * max(0.0, 1.0 - rest)
     if stage.schedule == "wsd":
-        return stage.lr * min(1.0, max(0.0, 1.0 - share) / DECAY)
+        decay = min(DECAY, max(1e-9, 1.0 - stage.warmup))
+        return stage.lr * min(1.0, max(0.0, 1.0 - share) / decay)
     return stage.lr

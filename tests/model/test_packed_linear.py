@@ -71,7 +71,7 @@ def test_a_product_is_the_formula_in_float64(shape, dtype):
 
 @pytest.mark.parametrize("widths", [(3072, 96), (768, 768), (96, 70)])
 def test_no_row_touches_another(widths):
-    """At widths where oneDNN sums one row in another order than many. In bfloat16 AMX does so at every width."""
+    """At widths where oneDNN sums one row in another order than many. In bfloat16 AMX does so at most widths."""
     layer, x = PackedLinear(linear_of(*widths)), rows_of(300, widths[0])
     with torch.no_grad():
         together = layer(x)

@@ -282,6 +282,11 @@ def test_schedules(schedule, values):
         assert rate(stage, share) == pytest.approx(expected, abs=1e-12)
 
 
+def test_wsd_goes_down_from_where_a_long_climb_has_come_to():
+    stage = stage_of(schedule="wsd", warmup=0.9)
+    assert [rate(stage, share) for share in (0.45, 0.9, 0.95, 1.0)] == pytest.approx([0.05, 0.1, 0.05, 0.0])
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 1.0])
 def test_no_warmup_and_nothing_but_warmup(schedule, warmup):
