@@ -36,7 +36,7 @@ MATCHING = JOINT | {"steps": 6, "micro_batch": 4, "contrastive_weight": 0.3, "ma
 EXPERTS = {"experts": 4, "experts_per_token": 1, "gate_init": 0.5}
 # Name -> stages and settings of what two ranks train one after the other.
 RUNS = {
-    **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 28}, "watch": {"every": 2}}) for zero in ZERO},
+    **{f"zero {zero}": (STAGES, {"zero": zero, "checkpoint": {"every": 28}, "watch": {"every": 10}}) for zero in ZERO},
     "siglip": ([{"objective": "contrastive", "steps": 3, "loss": "siglip"}], {"zero": 3}),
     "checkpointed": ([JOINT], {"zero": 3, "gradient_checkpointing": True}),
     "plain": ([JOINT], {"zero": 0}),
@@ -155,7 +155,7 @@ def test_two_ranks_lose_what_one_loses(one, two, zero):
 def test_two_ranks_read_off_what_one_reads_off(one, two, zero):
     pairs = zip(two[f"zero {zero}"].steps, one("zero 0").steps, strict=True)
     watched = [(mine, theirs) for mine, theirs in pairs if "grad_norms" in theirs]
-    assert len(watched) == 16 and "gates" in watched[-1][0]
+    assert len(watched) == 3 and "gates" in watched[-1][0]
     for mine, theirs in watched:
         assert mine["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-2)
         assert math.hypot(*mine["grad_norms"].values()) == pytest.approx(mine["grad_norm"], rel=1e-5)
