@@ -79,6 +79,14 @@ class Outcome:
             yield line
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What one of several processes spent: seconds by task, and the most memory it held, in GiB."""
+
+    seconds: dict[str, float]
+    peak_memory_gib: float
+
+
 def evaluate(
     model: Any,
     tasks: Sequence[str],
@@ -114,26 +122,31 @@ def evaluate(
     plan = Plan(tuple(tasks), Path(data), settings, batch, limit, blind, shuffled)
     sources = plan.sources()
     with _answers_folder(out, processes) as folder:
+        efforts: list[Effort] = []
         if processes > 1 and folder is not None:
-            answer_in_processes(answer, model, plan, folder, processes)
+            efforts = answer_in_processes(answer, model, plan, folder, processes)
         loaded = load(model, at_once=batch) if isinstance(model, str | Path) else model
         kept = Kept.of(folder, loaded)
         jobs = [job for source in sources for job in source.jobs(plan, loaded)]
         outcomes = [_outcome(job, loaded, plan, kept) for job in jobs]
         named = str(model) if isinstance(model, str | Path) else getattr(model.model, "name_or_path", "") or "in memory"
-        results = _results(named, loaded, jobs, outcomes, plan)
+        results = _results(named, loaded, jobs, outcomes, plan, efforts)
         if out is not None:
             _write(Path(out), results, outcomes)
     return results
 
 
-def answer(model: Any, plan: Plan, folder: Path, share: Share) -> None:
+def answer(model: Any, plan: Plan, folder: Path, share: Share) -> Effort:
     """Put this process's share of all parts to the model, and leave the answers in `folder`."""
     kept = Kept.of(folder, model)
+    seconds = {}
     for source in plan.sources():
         for job in source.jobs(plan, model):
+            start = time.monotonic()
             for look in job.looks:
                 _answered(job, look, model, plan, kept, share)
+            seconds[job.name] = time.monotonic() - start
+    return Effort(seconds, peak_memory_gib())
 
 
 @contextmanager
@@ -195,9 +208,16 @@ def _progress(label: str, answered: Iterable[Any], parts: int) -> Iterable[Any]:
     return track(answered, description=label, total=parts, console=console, disable=hidden, transient=True)
 
 
-def _results(named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], plan: Plan) -> dict[str, Any]:
-    seconds = {outcome.name: round(outcome.seconds, 2) for outcome in outcomes}
-    measured = {"seconds": seconds, "peak_memory_gib": peak_memory_gib(), "finished": datetime.now(UTC).isoformat()}
+def _results(
+    named: str, model: Any, jobs: list[Job], outcomes: list[Outcome], plan: Plan, efforts: list[Effort]
+) -> dict[str, Any]:
+    """What results.json holds. The time of a task is that of the slowest process and of scoring; memory is all processes'."""
+    answered = {outcome.name: max((one.seconds[outcome.name] for one in efforts), default=0.0) for outcome in outcomes}
+    measured = {
+        "seconds": {outcome.name: round(answered[outcome.name] + outcome.seconds, 2) for outcome in outcomes},
+        "peak_memory_gib": round(peak_memory_gib() + sum(one.peak_memory_gib for one in efforts), 2),
+        "finished": datetime.now(UTC).isoformat(),
+    }
     return {
         "model": named,
         "data": {job.place: str(job.data.resolve()) for job in jobs},

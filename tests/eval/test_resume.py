@@ -16,9 +16,10 @@ from seeing import ALL, SeeingModel, write_pictures
 
 from vlm import packed_linear
 from vlm.errors import UsageError
+from vlm.eval import run
 from vlm.eval.plan import Plan
 from vlm.eval.resume import Kept
-from vlm.eval.run import answer, evaluate
+from vlm.eval.run import Effort, answer, evaluate
 from vlm.packed_linear import lay_out
 from vlm.processes import Share
 from vlm.quantization import quantize
@@ -157,7 +158,19 @@ def test_several_processes_give_the_results_of_one(tmp_path: Path, make_model, m
     assert scores(one) == scores(two)
     lines = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
     assert lines[0] == lines[1]
+    memory = [results["environment"]["peak_memory_gib"] for results in (one, two)]
+    assert memory[1] > memory[0], "of all processes"
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_time_and_memory_are_those_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they told them: the slowest one's time, and the memory of them all."""
+    spent = [Effort({name: 100.0 * (1 + process) for name in ALL}, 50.0) for process in range(2)]
+    monkeypatch.setattr(run, "answer_in_processes", lambda *_: spent)
+    results = evaluate(SeeingModel(), ALL, write_pictures(tmp_path / "data"), tmp_path / "out", processes=2)
+    seconds, memory = (results["environment"][name] for name in ("seconds", "peak_memory_gib"))
+    assert set(seconds) == set(ALL) and all(200.0 <= each < 300.0 for each in seconds.values())
+    assert memory > 100.0
 
 
 def test_each_process_answers_its_share_and_nothing_twice(tmp_path: Path) -> None:
@@ -180,10 +193,9 @@ def test_without_a_folder_for_results_processes_share_one_for_now(
 ) -> None:
     folders = []
 
-    def in_this_process(ask: Any, model: SeeingModel, plan: Plan, folder: Path, processes: int) -> None:
+    def in_this_process(ask: Any, model: SeeingModel, plan: Plan, folder: Path, processes: int) -> list[Effort]:
         folders.append(folder)
-        for process in range(processes):
-            ask(model, plan, folder, Share(process, processes))
+        return [ask(model, plan, folder, Share(process, processes)) for process in range(processes)]
 
     monkeypatch.setattr("vlm.eval.run.answer_in_processes", in_this_process)
     data = write_pictures(tmp_path / "data")
