@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vlm.api import load
 from vlm.errors import UsageError
-from vlm.processes import Share, in_processes
+from vlm.processes import Result, Share, in_processes
 
-Result = TypeVar("Result")
 MEND = "if memory ran out, lower batch or processes; what is answered is kept, run it again to go on"
 
 
